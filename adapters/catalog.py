@@ -1,0 +1,254 @@
+"""The registry's rows as they stand in memory, and who leases what.
+
+Resolving a name for a request touches no disk and waits for no writer.
+"""
+
+import re
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+from adapters.manifest import AdapterNotFound, show
+
+_MODEL = re.compile(r"(?P<name>[^@]+)(?:@(?P<number>[1-9][0-9]{0,8}))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """One immutable upload of an adapter."""
+
+    name: str
+    number: int  # 1 is the first
+    digest: str
+    created: float  # unix seconds
+    max_rank: int
+    num_rank_rows: int  # bank rows it takes, the gain row of DoRA included
+    num_parameters: int
+    num_bytes: int
+    chat_template: str | None  # to use in place of the base's
+    base_digest: str  # of the base it was checked against
+    base_fingerprint: str  # of that base's shapes
+    source: dict[str, Any]  # where it came from; changes no answer
+
+    @property
+    def id(self) -> str:
+        """`name@number`, which resolves to this revision for as long as the name exists."""
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A name and what it points to."""
+
+    name: str
+    current: Revision | None  # None: nothing is published yet
+    pinned: bool
+    created: float  # unix seconds
+    num_revisions: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """A name, its revisions, and its stack of publications."""
+
+    name: str
+    created: float
+    pinned: bool = False
+    revisions: dict[int, Revision] = field(default_factory=dict)
+    published: list[int] = field(default_factory=list)  # the last is current
+
+    def revision(self, number: int) -> Revision:
+        """Look up a revision. Raises AdapterNotFound."""
+        if number not in self.revisions:
+            raise AdapterNotFound(f"The adapter {self.name} has no revision {number}.")
+        return self.revisions[number]
+
+    def current(self) -> Revision | None:
+        """What the bare name means."""
+        return self.revisions[self.published[-1]] if self.published else None
+
+    def view(self) -> Adapter:
+        """This entry as it is now."""
+        return Adapter(
+            name=self.name,
+            current=self.current(),
+            pinned=self.pinned,
+            created=self.created,
+            num_revisions=len(self.revisions),
+        )
+
+
+class Releases(Protocol):
+    """Whoever gave a lease takes it back."""
+
+    def release(self, lease: "Lease") -> None:
+        """End the lease."""
+
+
+class Lease:
+    """Keeps one revision's object in the store until released. Releasing twice is harmless."""
+
+    def __init__(self, owner: Releases, revision: Revision) -> None:
+        self.revision = revision
+        self._owner: Releases | None = owner
+        self._once = threading.Lock()
+
+    def release(self) -> None:
+        """Give the digest back; the last lease of a deleted adapter frees it."""
+        with self._once:
+            owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.release(self)
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Catalog:
+    """Names, digests and leases. Safe from any thread; no method waits for anything but a look.
+
+    Invariant: `_named[digest]` counts the revisions that have the digest, `_leased` its leases.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[str, Entry] = {}
+        self._named: Counter[str] = Counter()
+        self._leased: Counter[str] = Counter()
+
+    def views(self) -> list[Adapter]:
+        """Every adapter, by name."""
+        with self._lock:
+            return [self._entries[name].view() for name in sorted(self._entries)]
+
+    def has(self, name: str) -> bool:
+        """Whether the name exists."""
+        with self._lock:
+            return name in self._entries
+
+    def view(self, name: str) -> Adapter:
+        """One adapter. Raises AdapterNotFound."""
+        with self._lock:
+            return self._entry(name).view()
+
+    def revisions(self, name: str) -> tuple[Revision, ...]:
+        """An adapter's revisions, oldest first. Raises AdapterNotFound."""
+        with self._lock:
+            revisions = self._entry(name).revisions
+            return tuple(revisions[number] for number in sorted(revisions))
+
+    def revision(self, name: str, number: int) -> Revision:
+        """One revision. Raises AdapterNotFound."""
+        with self._lock:
+            return self._entry(name).revision(number)
+
+    def published(self, name: str) -> tuple[int, ...]:
+        """The stack of publications; the last is current. Raises AdapterNotFound."""
+        with self._lock:
+            return tuple(self._entry(name).published)
+
+    def resolve(self, model: str) -> Revision:
+        """What `name` or `name@number` means now. Raises AdapterNotFound."""
+        with self._lock:
+            return self._resolve(model)
+
+    def lease(self, model: str) -> Revision:
+        """Resolve, and count a lease on the digest in the same look."""
+        with self._lock:
+            revision = self._resolve(model)
+            self._leased[revision.digest] += 1
+            return revision
+
+    def unlease(self, digest: str) -> bool:
+        """End one lease; True when nothing needs the digest any more."""
+        with self._lock:
+            self._leased[digest] -= 1
+            assert self._leased[digest] >= 0, f"{digest} was released more often than leased"
+            return self._is_unused(digest)
+
+    def num_leases(self, digest: str) -> int:
+        """How many leases hold the digest."""
+        with self._lock:
+            return self._leased[digest]
+
+    def is_unused(self, digest: str) -> bool:
+        """Whether neither a revision nor a lease has the digest."""
+        with self._lock:
+            return self._is_unused(digest)
+
+    def digests(self) -> frozenset[str]:
+        """Digests that revisions have."""
+        with self._lock:
+            return frozenset(self._named)
+
+    def add_entry(self, entry: Entry) -> None:
+        """Add a new name."""
+        with self._lock:
+            self._entries[entry.name] = entry
+            self._named.update(revision.digest for revision in entry.revisions.values())
+
+    def put_revision(self, revision: Revision, *, publish: bool) -> None:
+        """Add a revision or replace what is known of it, and publish it in the same look."""
+        with self._lock:
+            entry = self._entry(revision.name)
+            if revision.number not in entry.revisions:
+                self._named[revision.digest] += 1
+            entry.revisions[revision.number] = revision
+            if publish:
+                entry.published.append(revision.number)
+
+    def unpublish(self, name: str) -> Revision:
+        """Take the last publication off the stack and return what is current then."""
+        with self._lock:
+            entry = self._entry(name)
+            entry.published.pop()
+            return entry.revisions[entry.published[-1]]
+
+    def set_pinned(self, name: str, pinned: bool) -> Adapter:
+        """Change the pin."""
+        with self._lock:
+            entry = self._entry(name)
+            entry.pinned = pinned
+            return entry.view()
+
+    def remove_entry(self, name: str) -> set[str]:
+        """Forget a name; return the digests that no other revision has."""
+        with self._lock:
+            entry = self._entries.pop(name)
+            digests = {revision.digest for revision in entry.revisions.values()}
+            self._named.subtract(digests)
+            self._named += Counter()  # drops the zeros
+            return digests - self._named.keys()
+
+    def _is_unused(self, digest: str) -> bool:
+        if self._leased[digest] or digest in self._named:
+            return False
+        del self._leased[digest]
+        return True
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise AdapterNotFound(f"The adapter {show(name)} does not exist.")
+        return self._entries[name]
+
+    def _resolve(self, model: str) -> Revision:
+        match = _MODEL.fullmatch(model)
+        if match is None:
+            raise AdapterNotFound(f"The adapter {show(model)} does not exist.")
+        entry = self._entry(match["name"])
+        if match["number"]:
+            return entry.revision(int(match["number"]))
+        current = entry.current()
+        if current is None:
+            raise AdapterNotFound(f"The adapter {entry.name} has no published revision.")
+        return current

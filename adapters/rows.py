@@ -1,0 +1,185 @@
+"""The registry's rows in SQLite, durable at each commit."""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapters.catalog import Revision
+
+_VERSION = 1
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE adapters (
+    name TEXT PRIMARY KEY,
+    created REAL NOT NULL,
+    pinned INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE revisions (
+    name TEXT NOT NULL REFERENCES adapters ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    digest TEXT NOT NULL,
+    created REAL NOT NULL,
+    max_rank INTEGER NOT NULL,
+    num_rank_rows INTEGER NOT NULL,
+    num_parameters INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    chat_template TEXT,
+    base_digest TEXT NOT NULL,
+    base_fingerprint TEXT NOT NULL,
+    source TEXT NOT NULL,
+    PRIMARY KEY (name, number),
+    UNIQUE (name, digest)
+);
+CREATE INDEX revisions_by_digest ON revisions (digest);
+CREATE TABLE publications (
+    name TEXT NOT NULL REFERENCES adapters ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    PRIMARY KEY (name, position),
+    FOREIGN KEY (name, number) REFERENCES revisions (name, number)
+);
+CREATE TABLE idempotency_keys (
+    key TEXT PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    name TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    created REAL NOT NULL,
+    FOREIGN KEY (name, number) REFERENCES revisions (name, number) ON DELETE CASCADE
+);
+CREATE TABLE usage (
+    digest TEXT PRIMARY KEY,
+    tokens INTEGER NOT NULL
+);
+PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+
+
+class Rows:
+    """Owns the database. Not for two threads at once: the registry's writer lock sees to that."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(_SCHEMA)
+        elif version != _VERSION:
+            self._db.close()
+            raise ValueError(f"{path} has version {version}; this Turnout reads {_VERSION}")
+
+    def close(self) -> None:
+        """Fold the log into the database and close it."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit everything inside, or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def adapters(self) -> list[tuple[str, float, bool]]:
+        """(name, created, pinned) of every adapter."""
+        rows = self._db.execute("SELECT name, created, pinned FROM adapters ORDER BY name")
+        return [(name, created, bool(pinned)) for name, created, pinned in rows]
+
+    def revisions(self) -> list[Revision]:
+        """Every revision, oldest first within a name."""
+        cursor = self._db.execute("SELECT * FROM revisions ORDER BY name, number")
+        columns = [column[0] for column in cursor.description]
+        found = []
+        for row in cursor:
+            fields = dict(zip(columns, row, strict=True))
+            found.append(Revision(**{**fields, "source": json.loads(fields["source"])}))
+        return found
+
+    def publications(self) -> list[tuple[str, int]]:
+        """(name, number) of every publication still on the stack, oldest first within a name."""
+        rows = self._db.execute("SELECT name, number FROM publications ORDER BY name, position")
+        return rows.fetchall()
+
+    def add_adapter(self, name: str, created: float) -> None:
+        """Add a name that has no revisions yet."""
+        self._db.execute("INSERT INTO adapters (name, created) VALUES (?, ?)", (name, created))
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove a name with its revisions, keys, and usage that no other name shares."""
+        self._db.execute("DELETE FROM publications WHERE name = ?", (name,))
+        self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
+        self._db.execute("DELETE FROM usage WHERE digest NOT IN (SELECT digest FROM revisions)")
+
+    def set_pinned(self, name: str, pinned: bool) -> None:
+        """Write the pin."""
+        self._db.execute("UPDATE adapters SET pinned = ? WHERE name = ?", (pinned, name))
+
+    def put_revision(self, revision: Revision) -> None:
+        """Add a revision, or write anew which base an existing one was checked against."""
+        self._db.execute(
+            "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (name, number) DO UPDATE SET base_digest = excluded.base_digest,"
+            " base_fingerprint = excluded.base_fingerprint, source = excluded.source",
+            (
+                revision.name,
+                revision.number,
+                revision.digest,
+                revision.created,
+                revision.max_rank,
+                revision.num_rank_rows,
+                revision.num_parameters,
+                revision.num_bytes,
+                revision.chat_template,
+                revision.base_digest,
+                revision.base_fingerprint,
+                json.dumps(revision.source),
+            ),
+        )
+
+    def add_publication(self, name: str, position: int, number: int) -> None:
+        """Push onto the name's stack of publications."""
+        self._db.execute("INSERT INTO publications VALUES (?, ?, ?)", (name, position, number))
+
+    def remove_publication(self, name: str, position: int) -> None:
+        """Pop from the name's stack of publications."""
+        self._db.execute(
+            "DELETE FROM publications WHERE name = ? AND position = ?", (name, position)
+        )
+
+    def key(self, key: str) -> tuple[str, str, int] | None:
+        """(fingerprint, name, number) that an idempotency key was answered with."""
+        row: tuple[str, str, int] | None = self._db.execute(
+            "SELECT fingerprint, name, number FROM idempotency_keys WHERE key = ?", (key,)
+        ).fetchone()
+        return row
+
+    def add_key(self, key: str, fingerprint: str, revision: Revision, created: float) -> None:
+        """Remember what an idempotency key was answered with."""
+        self._db.execute(
+            "INSERT INTO idempotency_keys VALUES (?, ?, ?, ?, ?)",
+            (key, fingerprint, revision.name, revision.number, created),
+        )
+
+    def remove_keys(self, before: float) -> None:
+        """Forget the idempotency keys added before this time."""
+        self._db.execute("DELETE FROM idempotency_keys WHERE created < ?", (before,))
+
+    def usage(self) -> dict[str, int]:
+        """Tokens served, by digest."""
+        return dict(self._db.execute("SELECT digest, tokens FROM usage").fetchall())
+
+    def add_usage(self, digest: str, tokens: int) -> None:
+        """Add to a digest's tokens."""
+        self._db.execute(
+            "INSERT INTO usage VALUES (?, ?)"
+            " ON CONFLICT (digest) DO UPDATE SET tokens = tokens + excluded.tokens",
+            (digest, tokens),
+        )

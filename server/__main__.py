@@ -1,0 +1,158 @@
+"""Build the parts, serve, drain on SIGTERM: what `turnout serve` runs."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+import uvloop
+from rich.console import Console
+from rich.progress import Progress
+from starlette.applications import Starlette
+
+from adapters.registry import Registry
+from server.adapter_admin import base_shape, limits, register_examples
+from server.api.adapters import EngineDropper, digest_names
+from server.api.app import create_app
+from server.api.auth import check_listen
+from server.api.tokenizer import TextCodec
+from server.config import Config
+from server.engine.client import EngineClient, EngineStartError
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_LINES_TO_TRY = """
+  curl {url}/v1/models
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "json", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "pirate", "messages": [{{"role": "user", "content": "{question}"}}], "stream": true}}'
+"""
+
+
+def run(config: Config, *, example_adapters: bool = False) -> None:
+    """Serve until SIGTERM or Ctrl-C. ValueError says what an operator must change."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    check_listen(config.server)
+    try:
+        uvloop.run(_serve(config, example_adapters=example_adapters))
+    except EngineStartError as error:
+        raise ValueError(str(error)) from error
+
+
+async def _serve(config: Config, *, example_adapters: bool) -> None:
+    url = f"http://{config.server.host}:{config.server.port}"
+    listener = _listen(config.server.host, config.server.port)
+    metrics = Metrics(config.model.name)
+    console = Console()
+    with _progress(console) as on_progress:
+        engine = EngineClient(
+            config, on_event=metrics.on_event, on_stats=metrics.on_stats, on_progress=on_progress
+        )
+        starting = asyncio.create_task(engine.start())
+        try:
+            # The engine loads in its own process meanwhile.
+            app, registry = await asyncio.to_thread(
+                _build_app, config, engine, metrics, url, example_adapters=example_adapters
+            )
+            server = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            await starting
+        except BaseException:
+            starting.cancel()
+            await engine.close()
+            raise
+    _say_ready(console, config.model.name, url, example_adapters=example_adapters)
+    try:
+        await _until_stopped(app, engine, serving)
+        server.should_exit = True
+        await serving
+    finally:
+        await engine.close()
+        registry.close()
+
+
+def _say_ready(console: Console, name: str, url: str, *, example_adapters: bool) -> None:
+    console.print(f"Turnout serves {name} at {url}", style="bold green")
+    if example_adapters:
+        text = _LINES_TO_TRY.format(url=url, question="What is the capital of France?")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _build_app(
+    config: Config, engine: EngineClient, metrics: Metrics, url: str, *, example_adapters: bool
+) -> tuple[Starlette, Registry]:
+    dropper = EngineDropper(engine)
+    registry = Registry.open(
+        config.adapters.store,
+        base_shape(config.model),
+        limits(config.adapters),
+        url=url,
+        on_free=dropper,
+    )
+    try:
+        if example_adapters:
+            register_examples(registry)
+        metrics.names = lambda: digest_names(registry)
+        codec = TextCodec.load(config.model.path)
+        return create_app(config, engine, registry, codec, metrics, dropper=dropper), registry
+    except BaseException:
+        registry.close()
+        raise
+
+
+async def _until_stopped(
+    app: Starlette, engine: EngineClient, serving: "asyncio.Task[None]"
+) -> None:
+    """Wait for a signal, then drain; EngineStartError if the engine is given up."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    given_up = asyncio.create_task(engine.wait_closed())
+    await asyncio.wait({serving, stopped, given_up}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if given_up.done():
+        given_up.result()
+    given_up.cancel()
+    await app.state.services.drain()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: a drain comes first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before anything slow begins."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"server.host {host}, port {port}: {error.strerror}") from error
+    return listener
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar that follows the engine's start."""
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("starting the engine", total=1.0)
+
+        def on_progress(stage: str, fraction: float) -> None:
+            progress.update(bar, description=stage, completed=fraction)
+
+        yield on_progress

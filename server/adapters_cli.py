@@ -1,0 +1,173 @@
+"""`turnout adapters …`: register, publish and remove adapters."""
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from server.adapter_admin import Card, open_admin
+from server.config import AdapterConfig, ModelConfig, state_folder
+from server.default_base import DEFAULT_BASE_NAME, ensure_default_base
+
+app = typer.Typer(
+    help="Register, publish and remove adapters.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+StorePath = Annotated[
+    Path | None, typer.Option(help="The store's folder. Default: .turnout/store.")
+]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Work through this server. Default: the one that holds the store."),
+]
+ApiKey = Annotated[str | None, typer.Option(envvar="TURNOUT_API_KEY", help="For that server.")]
+
+
+@app.command()
+def push(
+    name: Name,
+    folder: Annotated[Path, typer.Argument(help="As PEFT saves it: config and safetensors.")],
+    publish: Annotated[bool, typer.Option(help="Make it what the name means.")] = True,
+    base: Annotated[
+        Path | None, typer.Option(help="Checkpoint to check it against while nothing serves.")
+    ] = None,
+    base_name: Annotated[str | None, typer.Option(help="What clients call that base.")] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Take it even if its config names another base.")
+    ] = False,
+    store: StorePath = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Register the adapter in FOLDER as a revision of NAME."""
+    adapters = adapter_config(store, allow_other_base=allow_other_base)
+    make_base = functools.partial(base_config, base, base_name)
+    with open_admin(adapters, Console(), base=make_base, url=url, api_key=api_key) as admin:
+        card = admin.push(name, folder, publish=publish)
+    _say(f"{card['id']} registered, digest {card['digest'][:12]}")
+
+
+@app.command("list")
+def list_all(store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """List the adapters."""
+    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+        cards = admin.list_all()
+    columns = ("name", "revision", "num_revisions", "max_rank", "num_bytes", "pinned", "digest")
+    rows = [{**(card["current"] or {}), **card} for card in cards]
+    _print_table(columns, rows, "No adapters are registered.")
+
+
+@app.command()
+def show(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Show one adapter and its revisions."""
+    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+        card, revisions = admin.show(name)
+    _say(_meaning(card))
+    _print_table(("revision", "max_rank", "num_bytes", "created", "digest"), revisions, "")
+
+
+@app.command()
+def publish(
+    name: Name,
+    revision: Annotated[int, typer.Argument(help="What NAME shall mean.", min=1)],
+    store: StorePath = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Make REVISION what NAME means; requests under way keep theirs."""
+    _change(name, "publish", store, url, api_key, revision)
+
+
+@app.command()
+def rollback(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Go back to what was published before."""
+    _change(name, "rollback", store, url, api_key)
+
+
+@app.command()
+def pin(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Keep the adapter in the bank."""
+    _change(name, "pin", store, url, api_key)
+
+
+@app.command()
+def unpin(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Let it leave the bank again."""
+    _change(name, "unpin", store, url, api_key)
+
+
+@app.command()
+def delete(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Forget NAME; its bytes go with the last request that uses them."""
+    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+        admin.delete(name)
+    _say(f"{name} deleted")
+
+
+def base_config(path: Path | None, name: str | None, **options: Any) -> ModelConfig:
+    """The base at `path`, or the default one, made if it is not there yet."""
+    if path is None:
+        return ModelConfig(path=ensure_default_base(), name=name or DEFAULT_BASE_NAME, **options)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"--base is {str(path)!r}; it must be a folder that holds config.json")
+    return ModelConfig(path=path, name=name or path.resolve().name, **options)
+
+
+def adapter_config(store: Path | None, **options: Any) -> AdapterConfig:
+    """The store at `store`, or the one in the state folder."""
+    return AdapterConfig(store=store or state_folder() / "store", **options)
+
+
+def _change(
+    name: str,
+    action: str,
+    store: Path | None,
+    url: str | None,
+    api_key: str | None,
+    revision: int | None = None,
+) -> None:
+    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+        card = admin.change(name, action, revision)
+    _say(_meaning(card))
+
+
+def _meaning(card: Card) -> str:
+    """What the name points to, in words."""
+    current = card["current"]["id"] if card["current"] else "nothing: no revision is published"
+    return f"{card['name']} means {current}{', pinned' if card['pinned'] else ''}"
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(columns: Sequence[str], cards: Sequence[Card], when_empty: str) -> None:
+    if not cards:
+        _say(when_empty)
+        return
+    table = Table()
+    for column in columns:
+        is_number = column not in ("name", "digest", "created", "pinned")
+        title = column.removeprefix("num_").replace("_", " ")
+        table.add_column(title, justify="right" if is_number else "left", overflow="fold")
+    for card in cards:
+        table.add_row(*(_cell(column, card.get(column)) for column in columns))
+    Console().print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if column == "created":
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+    if column == "digest":
+        return str(value)[:12]
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return f"{value:,}" if isinstance(value, int) else str(value)

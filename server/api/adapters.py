@@ -1,0 +1,334 @@
+"""Operator routes: push, publish, roll back, pin, delete; and vLLM's load and unload."""
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from adapters.catalog import Adapter, Revision
+from adapters.manifest import AdapterConflict, AdapterError, AdapterNotFound, AdapterRefused
+from adapters.registry import Registry
+from server.api.ports import Engine
+from server.api.schemas import (
+    FormBody,
+    LoadLoraBody,
+    PublishBody,
+    PushBody,
+    UnloadLoraBody,
+    parse_form,
+)
+from server.api.services import Services, read_json, services_of
+from server.api.upload import FILES, receive_upload
+from server.engine.request import AdapterRef
+from server.errors import ServeError, bad_request
+
+log = logging.getLogger(__name__)
+
+
+def as_serve_error(error: AdapterError) -> ServeError:
+    """What a client is told of a registry's refusal."""
+    if isinstance(error, AdapterNotFound):
+        return ServeError(404, "adapter_not_found", error.message, param="name")
+    if isinstance(error, AdapterConflict):
+        return ServeError(409, "adapter_conflict", error.message)
+    param = error.field if isinstance(error, AdapterRefused) else None
+    return ServeError(400, "adapter_refused", error.message, param=param)
+
+
+def digest_names(registry: Registry) -> dict[str, list[str]]:
+    """The adapters that each digest belongs to, for metrics."""
+    names: dict[str, list[str]] = {}
+    for adapter in registry.list():
+        for revision in _revisions(registry, adapter.name):
+            names.setdefault(revision.digest, []).append(adapter.name)
+    return names
+
+
+def _revisions(registry: Registry, name: str) -> tuple[Revision, ...]:
+    try:
+        return registry.revisions(name)
+    except AdapterNotFound:  # deleted a moment ago
+        return ()
+
+
+class EngineDropper:
+    """Tells the engine to free what nothing names or leases any more: the registry's `on_free`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._registry: Registry | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def attach(self, registry: Registry) -> None:
+        """Serve from the running loop on. Before that the engine holds nothing to be freed."""
+        self._registry, self._loop = registry, asyncio.get_running_loop()
+
+    def __call__(self, digest: str) -> None:
+        """May be called from any thread; returns at once."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._start, digest)
+
+    def _start(self, digest: str) -> None:
+        task = asyncio.ensure_future(self._drop(digest))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drop(self, digest: str) -> None:
+        assert self._registry is not None, "attached"
+        if digest in digest_names(self._registry):
+            return  # pushed again meanwhile: what the engine holds of it is right
+        try:
+            await self._engine.drop_adapter(digest)
+        except ServeError as error:  # an engine that is down holds nothing
+            log.warning("adapter not dropped: %s", error.message, extra={"adapter": digest})
+
+
+async def list_adapters(request: Request) -> Response:
+    """Every adapter, published or not."""
+    services = services_of(request)
+    data = [_adapter(services, adapter) for adapter in services.registry.list()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def get_adapter(request: Request) -> Response:
+    """One adapter and what it points to."""
+    services = services_of(request)
+    return JSONResponse(_adapter(services, services.registry.get(request.path_params["name"])))
+
+
+async def list_revisions(request: Request) -> Response:
+    """An adapter's revisions, oldest first."""
+    services = services_of(request)
+    revisions = services.registry.revisions(request.path_params["name"])
+    data = [_revision(services, revision) for revision in revisions]
+    return JSONResponse({"object": "list", "data": data})
+
+
+async def push_adapter(request: Request) -> Response:
+    """Register an upload, or a folder beneath an allowed root, as a revision of `name`."""
+    services = services_of(request)
+    key = request.headers.get("idempotency-key")
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        body = await read_json(request, PushBody)
+        folder = _allowed_folder(services, body.path, "path")
+        return await _push(services, body, folder, key)
+    root = services.config.adapters.store / "uploads"
+    await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        limit = services.config.adapters.max_upload_bytes
+        fields = await receive_upload(request, Path(scratch), limit)
+        form = parse_form(FormBody, fields)
+        missing = [name for name in FILES[:2] if not (Path(scratch) / name).is_file()]
+        if missing:
+            raise bad_request(f"The upload lacks {missing[0]}.", param=missing[0])
+        return await _push(services, form, Path(scratch), key)
+
+
+async def publish_adapter(request: Request) -> Response:
+    """Make a revision what the bare name means."""
+    body = await read_json(request, PublishBody)
+    return await _repoint(request, lambda r, name: r.publish(name, body.revision))
+
+
+async def rollback_adapter(request: Request) -> Response:
+    """Go back to what was published before."""
+    return await _repoint(request, lambda r, name: r.rollback(name))
+
+
+async def pin_adapter(request: Request) -> Response:
+    """Load the adapter and keep it in the bank."""
+    services, name = services_of(request), request.path_params["name"]
+    adapter = await asyncio.to_thread(services.registry.pin, name)
+    if adapter.current is not None:
+        try:
+            await _load(services, adapter.current, pinned=True)
+        except ServeError:
+            await asyncio.to_thread(services.registry.unpin, name)
+            raise
+    return JSONResponse(_adapter(services, adapter))
+
+
+async def unpin_adapter(request: Request) -> Response:
+    """Let the adapter leave the bank when others need the room."""
+    services, name = services_of(request), request.path_params["name"]
+    adapter = await asyncio.to_thread(services.registry.unpin, name)
+    if adapter.current is not None:
+        services.engine.unpin_adapter(adapter.current.digest)
+    return JSONResponse(_adapter(services, adapter))
+
+
+async def delete_adapter(request: Request) -> Response:
+    """Forget the name; requests under way keep theirs, and the last one frees the bytes."""
+    return JSONResponse(await _delete(services_of(request), request.path_params["name"]))
+
+
+async def load_lora_adapter(request: Request) -> Response:
+    """vLLM's run-time load: a folder beneath an allowed root, under a name."""
+    services = services_of(request)
+    body = await read_json(request, LoadLoraBody)
+    if not body.lora_name or not body.lora_path:
+        empty = "lora_path" if body.lora_name else "lora_name"
+        raise _invalid("Both 'lora_name' and 'lora_path' must be provided.", empty)
+    try:
+        folder = _allowed_folder(services, body.lora_path, "lora_path")
+        before = _current(services, body.lora_name)
+        revision = await asyncio.to_thread(
+            services.registry.push, body.lora_name, folder, replace=body.load_inplace
+        )
+    except AdapterNotFound as error:
+        raise ServeError(404, "adapter_not_found", error.message, param="lora_path") from None
+    except AdapterConflict:
+        raise _invalid(
+            f"The lora adapter '{body.lora_name}' has already been loaded. "
+            "If you want to load the adapter in place, set 'load_inplace' to True.",
+            "lora_name",
+        ) from None
+    except AdapterRefused as error:
+        param = "lora_name" if error.field == "name" else error.field
+        raise _invalid(error.message, param) from None
+    await _follow(services, body.lora_name, before, revision)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_lora_adapter(request: Request) -> Response:
+    """vLLM's run-time unload: here, a delete."""
+    services = services_of(request)
+    body = await read_json(request, UnloadLoraBody)
+    if not body.lora_name:
+        raise _invalid("'lora_name' must be provided.", "lora_name")
+    try:
+        await _delete(services, body.lora_name)
+    except AdapterNotFound:
+        message = f"The lora adapter '{body.lora_name}' cannot be found."
+        raise ServeError(404, "adapter_not_found", message, param="lora_name") from None
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def restore_pins(services: Services) -> None:
+    """Load and pin, in an engine that has just started, what operators have pinned."""
+    for adapter in services.registry.list():
+        if adapter.pinned and adapter.current is not None:
+            try:
+                await _load(services, adapter.current, pinned=True)
+            except ServeError as error:
+                log.warning("pin not restored: %s", error.message, extra={"adapter": adapter.name})
+
+
+def _invalid(message: str, param: str | None) -> ServeError:
+    return ServeError(400, "invalid_user_input", message, param=param, kind="InvalidUserInput")
+
+
+def _allowed_folder(services: Services, path: str, param: str) -> Path:
+    """The folder that `path` names, links resolved, if it lies beneath an allowed root."""
+    roots = [root.resolve() for root in services.config.adapters.allowed_roots]
+    if "://" in path or "\0" in path:
+        raise _invalid(f"{param} must be a folder of this server, never a URL.", param)
+    for root in roots:
+        folder = (root / path).resolve()  # an absolute path replaces the root
+        if folder.is_relative_to(root):
+            if not folder.is_dir():
+                message = f"{param} names no folder: {path[:256]}"
+                raise ServeError(404, "adapter_not_found", message, param=param)
+            return folder
+    raise _invalid(f"{param} must lie beneath a folder that this server allows.", param)
+
+
+async def _push(
+    services: Services, body: PushBody | FormBody, folder: Path, key: str | None
+) -> Response:
+    before = _current(services, body.name)
+    revision = await asyncio.to_thread(
+        services.registry.push, body.name, folder, publish=body.publish, idempotency_key=key
+    )
+    reply = _adapter(services, services.registry.get(body.name))
+    reply["revision"] = _revision(services, revision)
+    reply["loaded"] = False
+    if body.publish:
+        await _follow(services, body.name, before, revision)
+    if body.preload:
+        await _load(services, revision)
+        reply["loaded"] = True
+    return JSONResponse(reply, status_code=201)
+
+
+async def _repoint(request: Request, change: Callable[[Registry, str], Revision]) -> Response:
+    services, name = services_of(request), request.path_params["name"]
+    before = _current(services, name)
+    revision = await asyncio.to_thread(change, services.registry, name)
+    await _follow(services, name, before, revision)
+    return JSONResponse(_adapter(services, services.registry.get(name)))
+
+
+async def _delete(services: Services, name: str) -> dict[str, Any]:
+    adapter = services.registry.get(name)
+    if adapter.pinned and adapter.current is not None:
+        services.engine.unpin_adapter(adapter.current.digest)
+    deletion = await asyncio.to_thread(services.registry.delete, name)
+    services.metrics.forget_adapter(name)
+    return {
+        "name": name,
+        "object": "adapter.deleted",
+        "deleted": True,
+        "freed": list(deletion.freed),
+        "draining": list(deletion.draining),
+    }
+
+
+def _current(services: Services, name: str) -> Revision | None:
+    try:
+        return services.registry.get(name).current
+    except AdapterNotFound:
+        return None
+
+
+async def _follow(services: Services, name: str, before: Revision | None, after: Revision) -> None:
+    """Move a pinned adapter's pin from the revision it meant to the one it means now."""
+    if before is None or before.digest == after.digest or not services.registry.get(name).pinned:
+        return
+    services.engine.unpin_adapter(before.digest)
+    await _load(services, after, pinned=True)
+
+
+async def _load(services: Services, revision: Revision, *, pinned: bool = False) -> None:
+    """Bring a revision into the bank. Raises ServeError 409 when it does not get there."""
+    services.check_open()
+    adapter = AdapterRef(revision.digest, revision.num_rank_rows)
+    event = await services.engine.load_adapter(adapter, pinned=pinned)
+    if event.event != "loaded":
+        raise ServeError(
+            409, "adapter_not_loaded", f"{revision.id} was not loaded: {event.message}"
+        )
+
+
+def _adapter(services: Services, adapter: Adapter) -> dict[str, Any]:
+    current = adapter.current
+    return {
+        "object": "adapter",
+        "name": adapter.name,
+        "created": int(adapter.created),
+        "pinned": adapter.pinned,
+        "num_revisions": adapter.num_revisions,
+        "current": None if current is None else _revision(services, current),
+    }
+
+
+def _revision(services: Services, revision: Revision) -> dict[str, Any]:
+    return {
+        "object": "adapter.revision",
+        "id": revision.id,
+        "revision": revision.number,
+        "digest": revision.digest,
+        "created": int(revision.created),
+        "max_rank": revision.max_rank,
+        "num_rank_rows": revision.num_rank_rows,
+        "num_parameters": revision.num_parameters,
+        "num_bytes": revision.num_bytes,
+        "is_resident": revision.digest in services.engine.stats.resident_adapters,
+        "num_leases": services.registry.num_leases(revision.digest),
+    }

@@ -1,0 +1,180 @@
+"""The `turnout` command. A subcommand imports what it runs, so that --help loads no torch."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+
+from server import adapters_cli
+from server.adapters_cli import adapter_config, base_config
+from server.api.auth import Scope, load_keys, new_key
+from server.config import CacheConfig, Config, Dtype, Quantization, SchedulerConfig, ServerConfig
+
+GIB = 1 << 30
+
+app = typer.Typer(
+    help="Serve many LoRA adapters over one quantized Mistral base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut long options off at 80 columns
+)
+keys = typer.Typer(help="Make API keys.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(adapters_cli.app, name="adapters")
+app.add_typer(keys, name="keys")
+
+Base = Annotated[
+    Path | None, typer.Option(help="Checkpoint folder. Default: SmolLM2-135M-Instruct, made once.")
+]
+BaseName = Annotated[str | None, typer.Option(help="What clients call it. Default: the folder's.")]
+Quantize = Annotated[Quantization, typer.Option(help="4 bits, or the checkpoint's 16.")]
+BankRows = Annotated[int, typer.Option(help="Rank rows of resident adapters.")]
+KvGib = Annotated[float, typer.Option(min=0, help="KV cache on a machine without a GPU.")]
+
+
+@app.command()
+def serve(
+    base: Base = None,
+    base_name: BaseName = None,
+    quantization: Quantize = "nf4",
+    dtype: Annotated[Dtype, typer.Option(help="Of activations and KV.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    max_model_len: Annotated[int, typer.Option(help="Tokens; 0: the base's own limit.")] = 0,
+    host: Annotated[str, typer.Option(help="Beyond loopback, --api-keys is needed.")] = "127.0.0.1",
+    port: int = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="File that `keys new` writes.")] = None,
+    store: adapters_cli.StorePath = None,
+    allowed_root: Annotated[
+        list[Path] | None, typer.Option(help="A folder that lora_path may name; repeatable.")
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Take adapters whose config names another base.")
+    ] = False,
+    bank_rows: BankRows = 512,
+    max_rank: Annotated[int, typer.Option(help="Of any adapter.")] = 256,
+    host_gib: Annotated[float, typer.Option(min=0, help="Host memory for adapters.")] = 1.0,
+    kv_gib: KvGib = 1.0,
+    kv_fraction: Annotated[float, typer.Option(help="KV's share of free GPU memory.")] = 0.9,
+    prefix_caching: Annotated[bool, typer.Option(help="Reuse KV of equal prompts.")] = True,
+    max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    token_fair: Annotated[bool, typer.Option(help="Between adapters.")] = True,
+    max_waiting: Annotated[int, typer.Option(help="Requests under way; past it: 503.")] = 256,
+    max_waiting_per_tenant: Annotated[int, typer.Option(help="Past it: 429.")] = 128,
+    drain_s: Annotated[float, typer.Option(help="Grace for streams at SIGTERM.")] = 30.0,
+    example_adapters: Annotated[
+        bool, typer.Option("--example-adapters", help="Register json and pirate first.")
+    ] = False,
+) -> None:
+    """Serve a base and its adapters over HTTP."""
+    server = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        max_waiting=max_waiting,
+        max_waiting_per_tenant=max_waiting_per_tenant,
+        drain_s=drain_s,
+    )
+    config = Config(
+        model=base_config(
+            base,
+            base_name,
+            quantization=quantization,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+        ),
+        cache=CacheConfig(
+            cpu_bytes=int(kv_gib * GIB), memory_fraction=kv_fraction, prefix_caching=prefix_caching
+        ),
+        scheduler=SchedulerConfig(
+            max_running=max_running, max_step_tokens=max_step_tokens, token_fair=token_fair
+        ),
+        adapters=adapter_config(
+            store,
+            allowed_roots=tuple(allowed_root or ()),
+            allow_other_base=allow_other_base,
+            bank_rows=bank_rows,
+            max_rank=max_rank,
+            host_bytes=int(host_gib * GIB),
+        ),
+        server=server,
+    )
+    from server.__main__ import run
+
+    run(config, example_adapters=example_adapters)
+
+
+@app.command()
+def doctor(
+    base: Base = None,
+    base_name: BaseName = None,
+    quantization: Quantize = "nf4",
+    bank_rows: BankRows = 512,
+    kv_gib: KvGib = 1.0,
+) -> None:
+    """Say what this machine can run and hold; exit with 1 if it is too small."""
+    config = Config(
+        model=base_config(base, base_name, quantization=quantization),
+        cache=CacheConfig(cpu_bytes=int(kv_gib * GIB)),
+        adapters=adapter_config(None, bank_rows=bank_rows),
+    )
+    from server.doctor import report
+
+    if not report(config, Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    base: Base = None,
+    quantization: Quantize = "nf4",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
+) -> None:
+    """Measure the engine without HTTP, beside transformers + PEFT."""
+    options = {
+        "model": base_config(base, None, quantization=quantization),
+        "batch_sizes": tuple(batch or (1, 4, 16)),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "baseline": baseline,
+    }
+    from server.bench import run
+
+    run(options)
+
+
+@keys.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key: the tenant's name.")],
+    file: Annotated[Path, typer.Option(help="Keys file, made if it is not there.")],
+    scope: Annotated[
+        str, typer.Option(help="Among infer, adapters and admin, with commas between.")
+    ] = "infer",
+) -> None:
+    """Add a key to FILE, which holds only its hash, and print the key, this once."""
+    scopes = frozenset(known for known in get_args(Scope) if known in scope.split(","))
+    if len(scopes) != scope.count(",") + 1:
+        raise ValueError(f"--scope is {scope!r}; it must be among {', '.join(get_args(Scope))}")
+    if file.exists() and name in {key.name for key in load_keys(file)}:
+        raise ValueError(f"{file} holds a key named {name!r} already")
+    secret, key = new_key(name, scopes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch(mode=0o600)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(key.line() + "\n")
+    typer.echo(secret)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; what the operator did wrong is one line on stderr and exit code 1."""
+    try:
+        app(args)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"turnout: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,135 @@
+"""Everything an operator can choose, checked when it is built and never changed after."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Quantization = Literal["nf4", "none"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _check(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The resident base."""
+
+    path: Path  # a checkpoint folder: config.json, tokenizer, safetensors
+    name: str = "base"  # what clients call it
+    quantization: Quantization = "nf4"
+    dtype: Dtype = "auto"  # of activations and KV; auto is bfloat16
+    device: str = "auto"  # auto is cuda where there is one, else cpu
+    max_model_len: int = 0  # tokens of prompt and completion; 0 is the checkpoint's own limit
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "model.name", self.name, "a non-empty name")
+        _check(self.max_model_len >= 0, "model.max_model_len", self.max_model_len, "0 or more")
+        _check(
+            self.quantization in ("nf4", "none"),
+            "model.quantization",
+            self.quantization,
+            "nf4 or none",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The KV cache."""
+
+    block_size: int = 16  # tokens per KV block
+    num_blocks: int = 0  # 0: as many as memory_fraction (GPU) or cpu_bytes (CPU) holds
+    memory_fraction: float = 0.9  # of the GPU memory left after weights and adapter bank
+    cpu_bytes: int = 1 << 30  # KV cache size on a machine without a GPU
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _check(
+            self.block_size > 0 and self.block_size % 8 == 0,
+            "cache.block_size",
+            self.block_size,
+            "a positive multiple of 8",
+        )
+        _check(self.num_blocks >= 0, "cache.num_blocks", self.num_blocks, "0 or more")
+        _check(
+            0 < self.memory_fraction <= 1,
+            "cache.memory_fraction",
+            self.memory_fraction,
+            "in (0, 1]",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How a step is filled."""
+
+    max_step_tokens: int = 512  # prompt and decode tokens in one step
+    max_running: int = 64  # requests in one step
+    token_fair: bool = True  # between adapters; False is first come, first served
+    max_wait_s: float = 10.0  # a request older than this goes first, whatever its adapter has had
+    overlap: bool | None = None  # plan a step while the last one runs; None: on a GPU only
+
+    def __post_init__(self) -> None:
+        _check(self.max_running > 0, "scheduler.max_running", self.max_running, "at least 1")
+        _check(
+            self.max_step_tokens >= self.max_running,
+            "scheduler.max_step_tokens",
+            self.max_step_tokens,
+            f"at least scheduler.max_running ({self.max_running})",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Where adapters live and how many fit."""
+
+    store: Path = Path(".turnout/store")
+    bank_rows: int = 512  # rank rows in the bank: 32 adapters of rank 16
+    page_rows: int = 8  # an adapter takes whole pages of this many rank rows
+    host_bytes: int = 1 << 30  # host memory for adapters that left the bank
+    max_rank: int = 256
+    max_upload_bytes: int = 1 << 30
+    allowed_roots: tuple[Path, ...] = ()  # folders that lora_path may name
+    allow_other_base: bool = False  # accept an adapter whose config names another base
+
+    def __post_init__(self) -> None:
+        _check(
+            self.bank_rows >= self.page_rows > 0 and self.bank_rows % self.page_rows == 0,
+            "adapters.bank_rows",
+            self.bank_rows,
+            f"a multiple of page_rows ({self.page_rows})",
+        )
+        _check(1 <= self.max_rank <= 1024, "adapters.max_rank", self.max_rank, "in 1..1024")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """HTTP: where to listen, whom to let in, how much to take on."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: Path | None = None  # file of hashed keys; required when host is not loopback
+    max_waiting: int = 256  # admitted requests, running ones included; past it: 503
+    max_waiting_per_tenant: int = 128  # past it: 429
+    max_body_bytes: int = 4 << 20  # of a request that is not an adapter upload
+    drain_s: float = 30.0  # grace period for running streams at SIGTERM
+    stall_s: float = 10.0  # a reader that takes nothing for this long is dropped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole of it."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def state_folder() -> Path:
+    """Where Turnout keeps what it makes: `$TURNOUT_HOME`, or `.turnout` in the current folder."""
+    return Path(os.environ.get("TURNOUT_HOME", ".turnout"))

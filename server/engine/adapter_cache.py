@@ -1,0 +1,307 @@
+"""Which adapter is on disk, in host memory, in the bank; least recently used leaves first."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.engine.messages import AdapterEvent
+from server.engine.request import AdapterRef, Tier
+
+
+class HostAdapter(Protocol):
+    """An adapter in host memory, ready to copy into the bank."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that it takes."""
+
+    @property
+    def gain_row(self) -> int | None:
+        """Which of its rows holds DoRA's gain."""
+
+
+ReadAdapter = Callable[[AdapterRef], HostAdapter]  # from disk; raises OSError or ValueError
+WriteAdapter = Callable[[list[int], HostAdapter], None]  # into the bank's pages
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """An adapter with bank pages of its own: being loaded into them, or ready."""
+
+    adapter: AdapterRef
+    pages: list[int]
+    loading: Future[HostAdapter] | None
+    came_from: Tier
+    started: float
+    num_leases: int = 0
+    gain_row: int | None = None  # known once loaded
+    is_dropped: bool = False  # leaves as soon as nothing uses it
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its weights are in the bank."""
+        return self.loading is None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its pages may be taken."""
+        return self.is_ready and self.num_leases == 0
+
+
+class AdapterCache:
+    """Moves adapters between disk, host memory and the bank, off the step loop.
+
+    Every page is free or owned by one resident adapter. A leased or loading adapter is never
+    evicted, so the pages under a running request never change. Pinned adapters are evicted last.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_rows: int,
+        max_host_bytes: int,
+        read: ReadAdapter,
+        write: WriteAdapter,
+        executor: Executor,
+    ) -> None:
+        self.page_rows = page_rows
+        self.num_host_bytes = 0
+        self._events: list[AdapterEvent] = []
+        self._failures: dict[str, str] = {}
+        self._num_pages = num_pages
+        self._max_host_bytes = max_host_bytes
+        self._read, self._write, self._executor = read, write, executor
+        self._free_pages = list(range(num_pages))
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._host: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._pinned: dict[str, AdapterRef] = {}
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no adapter owns."""
+        return len(self._free_pages)
+
+    @property
+    def num_rows_used(self) -> int:
+        """Bank rows that adapters own."""
+        return (self._num_pages - len(self._free_pages)) * self.page_rows
+
+    @property
+    def ready(self) -> list[str]:
+        """Digests in the bank."""
+        return [digest for digest, resident in self._residents.items() if resident.is_ready]
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load is under way."""
+        return any(not resident.is_ready for resident in self._residents.values())
+
+    def tier(self, digest: str) -> Tier:
+        """Where an adapter is now."""
+        resident = self._residents.get(digest)
+        if resident is not None:
+            return "gpu" if resident.is_ready else resident.came_from
+        return "host" if digest in self._host else "disk"
+
+    def is_ready(self, digest: str) -> bool:
+        """Whether a request may use it in the next step."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.is_ready
+
+    def pages(self, digest: str) -> list[int]:
+        """Pages of a leased adapter."""
+        return self._residents[digest].pages
+
+    def rows(self, digest: str) -> list[int]:
+        """Bank rows of a ready adapter, in the order of its rank rows."""
+        return [
+            page * self.page_rows + row
+            for page in self._residents[digest].pages
+            for row in range(self.page_rows)
+        ]
+
+    def gain_row(self, digest: str) -> int | None:
+        """The bank row that holds a ready adapter's DoRA gain."""
+        resident = self._residents[digest]
+        if resident.gain_row is None:
+            return None
+        page, row = divmod(resident.gain_row, self.page_rows)
+        return resident.pages[page] * self.page_rows + row
+
+    def acquire(self, adapter: AdapterRef) -> bool:
+        """Lease an adapter, starting its load if need be. False if the bank has no room now."""
+        resident = self._residents.get(adapter.digest) or self._start(adapter, self._evictable())
+        if resident is None:
+            return False
+        resident.num_leases += 1
+        self._residents.move_to_end(adapter.digest)
+        return True
+
+    def release(self, digest: str) -> None:
+        """Give a lease back. After a failed load there is nothing left to give back."""
+        resident = self._residents.get(digest)
+        if resident is None:
+            return
+        assert resident.num_leases > 0, f"{digest} released more often than leased"
+        resident.num_leases -= 1
+        if resident.is_dropped and resident.is_idle:
+            self._free(resident, "dropped")
+
+    def pin(self, adapter: AdapterRef) -> None:
+        """Bring an adapter into the bank as soon as there is room, and evict it last."""
+        self._pinned[adapter.digest] = adapter
+
+    def unpin(self, digest: str) -> None:
+        """Let an adapter be evicted like any other."""
+        self._pinned.pop(digest, None)
+
+    def prefetch(self, adapter: AdapterRef) -> None:
+        """Start loading an adapter that nobody has asked for yet, if there is room."""
+        if adapter.digest not in self._residents:
+            self._start(adapter, self._evictable(spare_pinned=True))
+
+    def take_failures(self) -> dict[str, str]:
+        """Loads that failed since the last call: digest -> why."""
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def take_events(self) -> list[AdapterEvent]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def drop(self, digest: str) -> None:
+        """Free an adapter in every tier, as soon as nothing uses it."""
+        self._pinned.pop(digest, None)
+        self._forget_host(digest)
+        resident = self._residents.get(digest)
+        if resident is None:
+            self._event(digest, "dropped", "disk")
+        elif resident.is_idle:
+            self._free(resident, "dropped")
+        else:
+            resident.is_dropped = True
+
+    def poll(self) -> None:
+        """Publish finished loads; call it between two steps."""
+        finished = [r for r in self._residents.values() if r.loading and r.loading.done()]
+        for resident in finished:
+            self._publish(resident)
+        for digest, adapter in self._pinned.items():
+            if digest not in self._residents:
+                self._start(adapter, self._evictable(spare_pinned=True))
+
+    def _publish(self, resident: Resident) -> None:
+        assert resident.loading is not None
+        digest, seconds = resident.adapter.digest, time.monotonic() - resident.started
+        error = resident.loading.exception()
+        if error is not None:
+            if not isinstance(error, (OSError, ValueError)):
+                raise error
+            self._pinned.pop(digest, None)
+            self._failures[digest] = str(error)
+            self._free(resident, "failed", seconds=seconds, message=str(error))
+            return
+        host, resident.loading = resident.loading.result(), None
+        resident.gain_row = host.gain_row
+        self._event(digest, "loaded", resident.came_from, seconds, host.num_bytes)
+        if resident.is_dropped:
+            if resident.is_idle:
+                self._free(resident, "dropped")
+            return
+        self._keep_in_host(digest, host)
+
+    def _start(self, adapter: AdapterRef, evictable: Iterator[Resident]) -> Resident | None:
+        """Reserve pages and start loading into them; None, evicting nobody, without enough."""
+        num_missing = -(-adapter.num_rank_rows // self.page_rows) - len(self._free_pages)
+        victims: list[Resident] = []
+        while num_missing > 0:
+            victim = next(evictable, None)
+            if victim is None:
+                return None
+            victims.append(victim)
+            num_missing -= len(victim.pages)
+        for victim in victims:
+            self._free(victim, "evicted")
+        pages = self._take_pages(-(-adapter.num_rank_rows // self.page_rows))
+        host = self._host.get(adapter.digest)
+        resident = Resident(
+            adapter,
+            pages,
+            self._executor.submit(self._load, adapter, host, pages),
+            "host" if host is not None else "disk",
+            time.monotonic(),
+        )
+        self._residents[adapter.digest] = resident
+        return resident
+
+    def _load(self, adapter: AdapterRef, host: HostAdapter | None, pages: list[int]) -> HostAdapter:
+        """Runs in a worker thread; nothing reads these pages until `_publish`."""
+        host = host or self._read(adapter)
+        self._write(pages, host)
+        return host
+
+    def _evictable(self, *, spare_pinned: bool = False) -> Iterator[Resident]:
+        """Idle residents, in the order in which they should leave."""
+        idle = [resident for resident in self._residents.values() if resident.is_idle]
+        yield from (r for r in idle if r.adapter.digest not in self._pinned)
+        if not spare_pinned:
+            yield from (r for r in idle if r.adapter.digest in self._pinned)
+
+    def _take_pages(self, count: int) -> list[int]:
+        """The first run of `count` neighbours if there is one (it needs no gather), else any."""
+        free = self._free_pages
+        for first in range(len(free) - count + 1):
+            if free[first + count - 1] - free[first] == count - 1:
+                break
+        else:
+            first = 0
+        pages = free[first : first + count]
+        del free[first : first + count]
+        return pages
+
+    def _free(
+        self, resident: Resident, event: str, *, seconds: float = 0.0, message: str = ""
+    ) -> None:
+        del self._residents[resident.adapter.digest]
+        self._free_pages = sorted(self._free_pages + resident.pages)
+        self._event(resident.adapter.digest, event, "gpu", seconds, message=message)
+
+    def _keep_in_host(self, digest: str, host: HostAdapter) -> None:
+        if digest not in self._host:
+            self._host[digest] = host
+            self.num_host_bytes += host.num_bytes
+        self._host.move_to_end(digest)
+        while self.num_host_bytes > self._max_host_bytes:
+            oldest = next(iter(self._host))
+            self._forget_host(oldest)
+            self._event(oldest, "evicted", "host")
+
+    def _forget_host(self, digest: str) -> None:
+        host = self._host.pop(digest, None)
+        if host is not None:
+            self.num_host_bytes -= host.num_bytes
+
+    def _event(
+        self,
+        digest: str,
+        event: str,
+        tier: Tier,
+        seconds: float = 0.0,
+        num_bytes: int = 0,
+        message: str = "",
+    ) -> None:
+        self._events.append(
+            AdapterEvent(
+                digest=digest,
+                event=event,
+                tier=tier,
+                seconds=seconds,
+                num_bytes=num_bytes,
+                message=message,
+            )
+        )

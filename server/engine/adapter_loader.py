@@ -1,0 +1,110 @@
+"""A stored adapter to the bank's layout: stacked by fused group, padded to pages, scaling folded in."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from adapters.manifest import AdapterManifest, ModuleEntry
+from server.engine.request import AdapterRef
+from server.model.adapter_bank import GroupKey, PackedAdapter
+from server.model.decoder import Decoder
+from server.model.linear import Linear
+from server.model.spec import FUSED, ModelSpec
+
+
+class AdapterLoader:
+    """Reads stored objects for one resident base."""
+
+    def __init__(self, objects: Path, decoder: Decoder, page_rows: int, dtype: torch.dtype) -> None:
+        self._objects = objects
+        self._decoder = decoder
+        self._page_rows = page_rows
+        self._dtype = dtype
+
+    @torch.inference_mode()
+    def read(self, adapter: AdapterRef) -> PackedAdapter:
+        """Read one adapter; OSError or ValueError if its object is gone or damaged."""
+        path = self._objects / f"{adapter.digest}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"adapter object {adapter.digest} is not in the store")
+        with safe_open(path, framework="pt") as stored:
+            manifest = AdapterManifest.from_json(stored.metadata()["manifest"])
+            if manifest.num_rank_rows != adapter.num_rank_rows:
+                raise ValueError(
+                    f"adapter object {adapter.digest} needs {manifest.num_rank_rows} rows"
+                )
+            packed = _empty(manifest, self._decoder.spec, self._page_rows, self._dtype)
+            for module in manifest.modules:
+                self._place(module, stored, packed)
+        return packed
+
+    def _place(self, module: ModuleEntry, stored: safe_open, packed: PackedAdapter) -> None:
+        group, index = _place_of(module.linear)
+        key = (module.layer, group)
+        lora_a = stored.get_tensor(f"{module.prefix}.lora_a").float()  # [rank, in]
+        lora_b = stored.get_tensor(f"{module.prefix}.lora_b").float()  # [out, rank]
+        lora_b = lora_b.T * module.scaling  # [rank, out]
+        columns = _columns(self._decoder.spec, group, index)
+        if module.use_dora:
+            assert packed.gain_row is not None, "a DoRA module outside a DoRA adapter"
+            magnitude = stored.get_tensor(f"{module.prefix}.magnitude").float()
+            linear = self._decoder.layers[module.layer].linears[group]
+            gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._dtype)
+            packed.lora_b[key][packed.gain_row, columns] = (gain - 1).to(self._dtype)
+        packed.lora_a[key][index, : module.rank] = lora_a.to(self._dtype)
+        packed.lora_b[key][: module.rank, columns] = lora_b.to(self._dtype)
+
+
+def dora_gain(
+    linear: Linear,
+    columns: slice,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """magnitude / ||W + BA|| for each output (DoRA, arXiv:2402.09353), without unpacking W.
+
+        ||W + BA||^2 = ||W||^2 + 2 <W, BA> + ||BA||^2,  <W, BA>[o] = sum_r B[o, r] (A W^T)[r, o]
+
+    lora_a   [rank, in] fp32
+    lora_b   [rank, out] fp32, scaling folded in
+    returns  [out] fp32
+    """
+    a_times_w = linear(lora_a.to(dtype))[:, columns].float()  # [rank, out]
+    cross = (lora_b * a_times_w).sum(dim=0)
+    delta = (lora_b * (lora_a @ lora_a.T @ lora_b)).sum(dim=0)
+    norm = (linear.row_norms_squared[columns] + 2 * cross + delta).clamp_min(0).sqrt()
+    return magnitude / norm
+
+
+def _empty(
+    manifest: AdapterManifest, spec: ModelSpec, page_rows: int, dtype: torch.dtype
+) -> PackedAdapter:
+    """Zeros for each fused group that the adapter touches."""
+    num_rows = -(-manifest.num_rank_rows // page_rows) * page_rows
+    lora_a: dict[GroupKey, torch.Tensor] = {}
+    lora_b: dict[GroupKey, torch.Tensor] = {}
+    for key in {(module.layer, _place_of(module.linear)[0]) for module in manifest.modules}:
+        group = key[1]
+        shape = (len(FUSED[group]), num_rows, spec.in_features(group))
+        lora_a[key] = torch.zeros(shape, dtype=dtype)
+        lora_b[key] = torch.zeros(num_rows, sum(spec.out_splits(group)), dtype=dtype)
+    gain_row = manifest.num_rank_rows - 1 if manifest.use_dora else None
+    return PackedAdapter(lora_a, lora_b, num_rows, gain_row)
+
+
+def _place_of(linear: str) -> tuple[str, int]:
+    """The fused group of a linear, and its place in the stack."""
+    for group, names in FUSED.items():
+        if linear in names:
+            return group, names.index(linear)
+    raise ValueError(f"no linear is called {linear}")
+
+
+def _columns(spec: ModelSpec, group: str, index: int) -> slice:
+    """The output columns of one stacked linear."""
+    widths = spec.out_splits(group)
+    first = sum(widths[:index])
+    return slice(first, first + widths[index])

@@ -1,0 +1,130 @@
+"""A step's requests flattened into tensors."""
+
+import torch
+
+from server.engine.adapter_cache import AdapterCache
+from server.engine.scheduler import Plan, Scheduled
+from server.kernels.lora import LoraStep
+from server.kernels.paged_attention import AttentionStep, DecodeRows, PrefillChunk
+from server.model.decoder import ModelInput
+
+
+def build_input(
+    plan: Plan,
+    adapters: AdapterCache,
+    last_tokens: torch.Tensor,  # [max_running] int64: newest token of each state row, on the device
+    block_size: int,
+) -> ModelInput:
+    """Lay out every token of a step: decode rows first, then prompt chunks, each end to end."""
+    device = last_tokens.device
+    positions = [p for part in plan.parts for p in range(part.start, part.stop)]
+    slots = [
+        part.request.block_table[p // block_size] * block_size + p % block_size
+        for part in plan.parts
+        for p in range(part.start, part.stop)
+    ]
+    return ModelInput(
+        token_ids=_token_ids(plan, last_tokens),
+        positions=_int64(positions, device),
+        slot_mapping=_int64(slots, device),
+        attention=_attention(plan, block_size, device),
+        lora=_lora(plan, adapters, device),
+        logits_rows=_int64(_logits_rows(plan), device),
+    )
+
+
+def num_logits(part: Scheduled) -> int:
+    """How many of a part's tokens need logits: all for prompt logprobs, else the sampled one."""
+    if part.request.sampling.prompt_logprobs is not None and not part.request.output_ids:
+        return part.num_tokens
+    return int(part.samples)
+
+
+def _logits_rows(plan: Plan) -> list[int]:
+    rows: list[int] = []
+    end = 0
+    for part in plan.parts:
+        end += part.num_tokens
+        rows.extend(range(end - num_logits(part), end))
+    return rows
+
+
+def _token_ids(plan: Plan, last_tokens: torch.Tensor) -> torch.Tensor:
+    """Known tokens come from the host; a pending one (at most a part's last) from the device."""
+    token_ids: list[int] = []
+    pending_at: list[int] = []
+    state_rows: list[int] = []
+    for part in plan.parts:
+        num_known = min(part.stop, part.request.num_known_tokens)
+        token_ids.extend(part.request.known_tokens(part.start, num_known))
+        if num_known < part.stop:
+            pending_at.append(len(token_ids))
+            state_rows.append(part.request.state_row)
+            token_ids.append(0)
+    on_device = _int64(token_ids, last_tokens.device)
+    if pending_at:
+        at, rows = (_int64(values, last_tokens.device) for values in (pending_at, state_rows))
+        on_device[at] = last_tokens[rows]
+    return on_device
+
+
+def _attention(plan: Plan, block_size: int, device: torch.device) -> AttentionStep:
+    chunks = []
+    first = len(plan.decodes)
+    for part in plan.chunks:
+        table = part.request.block_table[: -(-part.stop // block_size)]
+        chunk = PrefillChunk(first, part.num_tokens, part.start, _int64(table, device))
+        chunks.append(chunk)
+        first += part.num_tokens
+    return AttentionStep(_decode_rows(plan, block_size, device), tuple(chunks))
+
+
+def _decode_rows(plan: Plan, block_size: int, device: torch.device) -> DecodeRows | None:
+    if not plan.decodes:
+        return None
+    lengths = [part.stop for part in plan.decodes]
+    width = -(-max(lengths) // block_size)
+    tables = []
+    for part in plan.decodes:
+        table = part.request.block_table[:width]
+        tables.append(table + [0] * (width - len(table)))
+    return DecodeRows(_int64(tables, device), _int64(lengths, device))
+
+
+def _lora(plan: Plan, adapters: AdapterCache, device: torch.device) -> LoraStep | None:
+    """Rows of the step's adapters in bank order, and which of them each token must not use."""
+    digests = {part.request.adapter.digest for part in plan.parts if part.request.adapter}
+    if not digests:
+        return None
+    ordered = sorted(digests, key=lambda digest: adapters.pages(digest)[0])
+    rows_of = {digest: adapters.rows(digest) for digest in ordered}
+    rows = [row for digest in ordered for row in rows_of[digest]]
+    owner = [index for index, digest in enumerate(ordered) for _ in rows_of[digest]]
+    wanted, gain_rows, gain_tokens = [], [], []
+    for part in plan.parts:
+        digest = part.request.adapter.digest if part.request.adapter else None
+        gain_row = adapters.gain_row(digest) if digest is not None else None
+        if gain_row is not None:
+            gain_tokens.extend(range(len(wanted), len(wanted) + part.num_tokens))
+            gain_rows.extend([gain_row] * part.num_tokens)
+        wanted.extend([ordered.index(digest) if digest is not None else -1] * part.num_tokens)
+    is_shared = len(ordered) == 1 and -1 not in wanted
+    return LoraStep(
+        rows=_rows_index(rows, device),
+        foreign=None
+        if is_shared
+        else _int64(wanted, device)[:, None] != _int64(owner, device)[None, :],
+        gain_rows=_int64(gain_rows, device) if gain_rows else None,
+        gain_tokens=_int64(gain_tokens, device) if gain_rows else None,
+    )
+
+
+def _rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """A slice where the rows are neighbours: no gather."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return _int64(rows, device)
+
+
+def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)

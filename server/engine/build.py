@@ -1,0 +1,145 @@
+"""Puts an engine together from the operator's choices and what the machine has."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from server.base_digest import base_digest
+from server.config import Config
+from server.engine.adapter_cache import AdapterCache
+from server.engine.adapter_loader import AdapterLoader
+from server.engine.block_manager import BlockManager
+from server.engine.engine import Engine
+from server.engine.messages import EngineInfo
+from server.engine.model_runner import ModelRunner
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler
+from server.kernels.dense_linear import can_pack
+from server.model.adapter_bank import AdapterBank, PackedAdapter
+from server.model.decoder import Decoder
+from server.model.kv_cache import KVCache, block_bytes
+from server.model.loader import Checkpoint, OnProgress, load_decoder
+from server.model.spec import ModelSpec, read_spec
+
+
+def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, EngineInfo]:
+    """Load the base and set up everything around it. ValueError says what cannot be had."""
+    spec = read_spec(config.model.path)
+    device = _device(config.model.device)
+    dtype = _dtype(config.model.dtype, device)
+    checkpoint = Checkpoint(config.model.path)
+    digest = _digest(config.model.path, config.model.quantization)
+    max_model_len = min(config.model.max_model_len or spec.max_positions, spec.max_positions)
+    decoder = load_decoder(
+        checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
+    )
+    bank_dtype = torch.float32 if device.type == "cpu" else dtype
+    bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
+    block_size = config.cache.block_size
+    num_blocks = _num_blocks(config, spec, dtype, device)
+    max_model_len = min(max_model_len, num_blocks * block_size)
+    blocks = BlockManager(num_blocks, block_size)
+    adapters = _adapter_cache(config, decoder, bank, bank_dtype)
+    scheduler = Scheduler(
+        config.scheduler, blocks, adapters, digest, prefix_caching=config.cache.prefix_caching
+    )
+    sampler = Sampler(spec.vocab_size, config.scheduler.max_running, spec.eos_token_ids, device)
+    kv = KVCache(spec, num_blocks, block_size, dtype, device)
+    runner = ModelRunner(decoder, kv, bank, sampler, adapters, block_size)
+    overlap = config.scheduler.overlap
+    if overlap is None:
+        overlap = device.type == "cuda"
+    engine = Engine(scheduler, runner, blocks, adapters, spec.eos_token_ids, overlap=overlap)
+    info = EngineInfo(
+        base_digest=digest,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=config.model.quantization,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        bank_rows=config.adapters.bank_rows,
+        page_rows=config.adapters.page_rows,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=list(spec.eos_token_ids),
+        kernels=_kernels(dtype, device),
+    )
+    return engine, info
+
+
+def _adapter_cache(
+    config: Config, decoder: Decoder, bank: AdapterBank, dtype: torch.dtype
+) -> AdapterCache:
+    page_rows = config.adapters.page_rows
+    loader = AdapterLoader(config.adapters.store / "objects", decoder, page_rows, dtype)
+
+    def write(pages: list[int], adapter: PackedAdapter) -> None:
+        first, last = pages[0], pages[-1]
+        if last - first == len(pages) - 1:  # neighbours: one plain copy
+            bank.write(slice(first * page_rows, (last + 1) * page_rows), adapter)
+            return
+        rows = [page * page_rows + row for page in pages for row in range(page_rows)]
+        bank.write(torch.tensor(rows), adapter)
+
+    return AdapterCache(
+        num_pages=config.adapters.bank_rows // page_rows,
+        page_rows=page_rows,
+        max_host_bytes=config.adapters.host_bytes,
+        read=loader.read,
+        write=write,
+        executor=ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader"),
+    )
+
+
+def _device(name: str) -> torch.device:
+    """The device asked for; ValueError where this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device is {name!r}, but torch finds no GPU on this machine")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """bf16 where the machine multiplies it, unless the operator says otherwise."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    if device.type == "cuda" or can_pack(torch.bfloat16, device):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _digest(folder: Path, quantization: str) -> str:
+    """What the base's answers depend on: config, weights and the grid they are put on."""
+    return hashlib.sha256(f"{base_digest(folder)} {quantization}".encode()).hexdigest()
+
+
+def _num_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """As many KV blocks as the operator asked for, or as memory holds."""
+    if config.cache.num_blocks:
+        return config.cache.num_blocks
+    per_block = block_bytes(spec, config.cache.block_size, dtype)
+    if device.type == "cpu":
+        num_bytes = config.cache.cpu_bytes
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
+        num_bytes = int(free * config.cache.memory_fraction)
+    if num_bytes < per_block:
+        raise ValueError(
+            f"{num_bytes} bytes of KV cache do not hold one block of {per_block} bytes"
+        )
+    return num_bytes // per_block
+
+
+def _kernels(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Which implementation runs each op."""
+    linear = "oneDNN packed bf16" if can_pack(dtype, device) else "torch"
+    return {
+        "linear": linear,
+        "lora": "torch (fp32)" if device.type == "cpu" else "torch",
+        "attention": "torch sdpa over gathered blocks",
+    }

@@ -1,0 +1,344 @@
+"""The API process's side of the bridge: asyncio in, streams of tokens out, the engine kept alive."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.config import Config
+from server.engine.messages import (
+    AbortRequests,
+    AdapterEvent,
+    AddRequest,
+    DropAdapter,
+    EngineInfo,
+    EngineStats,
+    Fatal,
+    FromEngine,
+    LoadAdapter,
+    Progress,
+    Ready,
+    RequestOutput,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    UnpinAdapter,
+)
+from server.engine.request import AdapterRef
+from server.engine.wire import encode_config
+from server.errors import ServeError, bad_request, engine_failed
+
+logger = logging.getLogger(__name__)
+
+_MAX_EARLY_DEATHS = 3  # in a row, before the engine was ready: then starting it again is hopeless
+_RESTART_PAUSE_S = 0.2
+
+
+class EngineStartError(RuntimeError):
+    """The engine cannot start; the message is for the operator."""
+
+
+class OutputStream:
+    """One request's outputs. A slow reader finds several steps' tokens in one output."""
+
+    def __init__(self, request_id: str, on_close: Callable[[str], None]) -> None:
+        self._request_id = request_id
+        self._on_close = on_close
+        self._waiting: RequestOutput | None = None
+        self._failure: ServeError | None = None
+        self._is_last = False
+        self._arrived = asyncio.Event()
+
+    def __aiter__(self) -> "OutputStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """Return what is new; ServeError if the request failed."""
+        await self._arrived.wait()
+        output, self._waiting = self._waiting, None
+        if output is not None:
+            if not self._is_last and self._failure is None:
+                self._arrived.clear()
+            return output
+        if self._failure is not None:
+            raise self._failure
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Abort in the engine what is unfinished. Idempotent."""
+        if not self._is_last:
+            self._is_last = True
+            self._arrived.set()
+            self._on_close(self._request_id)
+
+    def put(self, output: RequestOutput) -> None:
+        """Add what a step produced. The buffer is bounded by the request's own max_tokens."""
+        if output.error is not None:
+            self.fail(_failure(output))
+            return
+        self._waiting = output if self._waiting is None else _join(self._waiting, output)
+        self._is_last = output.finish_reason is not None
+        self._arrived.set()
+
+    def fail(self, failure: ServeError) -> None:
+        """End the stream with an error, after what has arrived already."""
+        self._failure = failure
+        self._is_last = True
+        self._arrived.set()
+
+
+class EngineClient:
+    """Starts the engine process, talks to it, and starts it again when it dies.
+
+    A death fails every stream at once: nothing waits for a restart. The engine process dies with
+    this one (it asks the kernel to), so none is ever orphaned.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_event: Callable[[AdapterEvent], None] = lambda event: None,
+        on_stats: Callable[[EngineStats], None] = lambda stats: None,
+        on_progress: Callable[[str, float], None] = lambda stage, fraction: None,
+    ) -> None:
+        self.stats = EngineStats()
+        self.num_restarts = 0
+        self._config = config
+        self._on_event, self._on_stats, self._on_progress = on_event, on_stats, on_progress
+        self._info: EngineInfo | None = None
+        self._is_ready = asyncio.Event()
+        self._streams: dict[str, OutputStream] = {}
+        self._loads: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
+        self._drops: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
+        self._num_early_deaths = 0
+        self._fatal: str | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="turnout-")
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine found out while starting; it must have been ready once."""
+        assert self._info is not None, "the engine has not been ready yet"
+        return self._info
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are accepted now."""
+        return self._is_ready.is_set()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and wait until it serves. EngineStartError if it cannot."""
+        self._keeper = asyncio.create_task(self._keep_alive())
+        ready = asyncio.create_task(self._is_ready.wait())
+        await asyncio.wait({ready, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
+        if not self.is_ready:
+            ready.cancel()
+            raise EngineStartError(self._fatal or "the engine process ended while starting")
+        return self.info
+
+    async def wait_closed(self) -> None:
+        """Wait until the engine is given up; EngineStartError says why."""
+        assert self._keeper is not None, "not started"
+        await asyncio.shield(self._keeper)
+        raise EngineStartError(self._fatal or "the engine was stopped")
+
+    async def close(self) -> None:
+        """Stop the engine process and free everything."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._folder.cleanup()
+        self._context.destroy(linger=0)
+
+    def submit(self, request: AddRequest) -> OutputStream:
+        """Hand a request over. ServeError 503 if the engine is down."""
+        if not self.is_ready:
+            raise engine_failed("The engine is not running; it is being started.")
+        stream = OutputStream(request.request_id, self._abort)
+        self._streams[request.request_id] = stream
+        self._send(request)
+        return stream
+
+    async def load_adapter(self, adapter: AdapterRef, *, pinned: bool = False) -> AdapterEvent:
+        """Bring an adapter into the bank; return its `loaded` or `failed` event."""
+        if not self.is_ready:
+            raise engine_failed("The engine is not running; it is being started.")
+        self._send(LoadAdapter(adapter, pinned))
+        if adapter.digest in self.stats.resident_adapters:
+            return AdapterEvent(digest=adapter.digest, event="loaded", tier="gpu")
+        return await self._expect(self._loads, adapter.digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let an adapter be evicted like any other."""
+        if self.is_ready:
+            self._send(UnpinAdapter(digest))
+
+    async def drop_adapter(self, digest: str) -> None:
+        """Free everything the engine holds of an adapter."""
+        if self.is_ready:
+            self._send(DropAdapter(digest))
+            await self._expect(self._drops, digest)
+
+    async def _expect(
+        self, waiters: dict[str, list[asyncio.Future[AdapterEvent]]], digest: str
+    ) -> AdapterEvent:
+        future: asyncio.Future[AdapterEvent] = asyncio.get_running_loop().create_future()
+        waiters.setdefault(digest, []).append(future)
+        return await future
+
+    async def _keep_alive(self) -> None:
+        """Run engine processes, one after the other, until one says that it never can."""
+        try:
+            while self._fatal is None:
+                await self._run_once()
+                if self._fatal is None:
+                    self._count_death()
+                    await asyncio.sleep(_RESTART_PAUSE_S)
+        finally:
+            await self._stop()
+
+    async def _run_once(self) -> None:
+        """Start one engine process and read from it until it ends."""
+        endpoint = (
+            f"ipc://{Path(self._folder.name) / f'engine-{self.num_restarts}-{time.time_ns()}'}"
+        )
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(endpoint)
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "server.engine.process",
+            endpoint,
+            str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(encode_config(self._config))
+        self._process.stdin.close()
+        reader = asyncio.create_task(self._read(self._socket))
+        try:
+            await self._process.wait()
+            await asyncio.sleep(0)  # what it sent before it ended
+        finally:
+            reader.cancel()
+            self._is_ready.clear()
+            self._fail_streams("The engine process ended; it is being started again.")
+            self._socket.close(linger=0)
+
+    def _count_death(self) -> None:
+        assert self._process is not None
+        code = self._process.returncode
+        logger.error("the engine process ended with code %s; starting it again", code)
+        self.num_restarts += 1
+        self._num_early_deaths += 1
+        if self._num_early_deaths >= _MAX_EARLY_DEATHS:
+            self._fatal = f"the engine process ended {_MAX_EARLY_DEATHS} times without serving"
+
+    async def _stop(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if self._socket is not None and not self._socket.closed:
+            with contextlib.suppress(zmq.ZMQError):
+                self._send(Shutdown())
+        try:
+            await asyncio.wait_for(process.wait(), timeout=2)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self._handle(self._decoder.decode(await socket.recv()))
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case StepOutputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    self._put(output)
+                self._on_stats(stats)
+            case AdapterEvent():
+                self._settle(message)
+                self._on_event(message)
+            case Progress(stage, fraction):
+                self._on_progress(stage, fraction)
+            case Ready(info):
+                self._info = info
+                self._num_early_deaths = 0
+                self._is_ready.set()
+            case Fatal(text):
+                self._fatal = text
+
+    def _put(self, output: RequestOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return  # closed while this was on its way
+        if output.finish_reason is not None or output.error is not None:
+            del self._streams[output.request_id]
+        stream.put(output)
+
+    def _settle(self, event: AdapterEvent) -> None:
+        waiters = {"loaded": self._loads, "failed": self._loads, "dropped": self._drops}
+        for future in waiters.get(event.event, {}).pop(event.digest, []):
+            if not future.done():
+                future.set_result(event)
+
+    def _fail_streams(self, message: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(engine_failed(message))
+        for waiters in (self._loads, self._drops):
+            for futures in waiters.values():
+                for future in futures:
+                    if not future.done():
+                        future.set_exception(engine_failed(message))
+            waiters.clear()
+
+    def _abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None and self.is_ready:
+            self._send(AbortRequests([request_id]))
+
+    def _send(self, message: ToEngine) -> None:
+        assert self._socket is not None, "the engine has never been started"
+        # Never blocks: no high-water mark. The shadow socket spares a future for each message.
+        zmq.Socket(self._socket).send(self._encoder.encode(message), zmq.DONTWAIT)
+
+
+def _join(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    earlier.token_ids += later.token_ids
+    if later.logprobs is not None:
+        earlier.logprobs = (earlier.logprobs or []) + later.logprobs
+    earlier.finish_reason = later.finish_reason
+    return earlier
+
+
+def _failure(output: RequestOutput) -> ServeError:
+    assert output.error is not None
+    if output.error_code == "invalid_request":
+        return bad_request(output.error)
+    if output.error_code == "adapter_load_failed":
+        return ServeError(500, "adapter_load_failed", output.error)
+    return engine_failed(output.error)

@@ -1,0 +1,195 @@
+"""The engine process: start, receive, step, send, stop."""
+
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+from server.config import Config
+from server.engine.build import build_engine
+from server.engine.engine import Engine
+from server.engine.messages import (
+    AbortRequests,
+    AddRequest,
+    DropAdapter,
+    EngineInfo,
+    Fatal,
+    FromEngine,
+    LoadAdapter,
+    Progress,
+    Ready,
+    RequestOutput,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+    UnpinAdapter,
+)
+from server.engine.request import Request
+from server.engine.wire import decode_config
+
+logger = logging.getLogger(__name__)
+
+_IDLE_POLL_MS = 500  # between looks at whether the parent still lives, and heartbeats
+_STALL_POLL_MS = 2  # while nothing can run until an adapter has been loaded
+_MAX_FAILED_STEPS = 3  # in a row: then the process gives up and is started afresh
+
+
+class EngineProcess:
+    """Runs an engine behind a socket; the one thread that touches it."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", config: Config, parent_pid: int) -> None:
+        self._socket = socket
+        self._config = config
+        self._parent_pid = parent_pid
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._early: list[RequestOutput] = []  # refusals, sent with the next step's outputs
+        self._num_failed_steps = 0
+        self._last_sent = 0.0
+
+    def run(self) -> None:
+        """Start the engine, then step until told to stop or the parent is gone."""
+        try:
+            engine, info = build_engine(self._config, self._on_progress)
+        except (ValueError, OSError) as error:
+            self._send(Fatal(str(error)))
+            return
+        self._send(Ready(info))
+        while self._receive(engine, info):
+            outputs = self._early + (self._step(engine) if engine.has_work else [])
+            self._early = []
+            self._report(engine, outputs)
+
+    def _report(self, engine: Engine, outputs: list[RequestOutput]) -> None:
+        if not engine.has_work:
+            engine.adapters.poll()
+        for event in engine.adapters.take_events():
+            self._send(event)
+        now = time.monotonic()
+        if outputs or now - self._last_sent > _IDLE_POLL_MS / 1000:
+            self._send(StepOutputs(outputs, engine.stats()))
+            self._last_sent = now
+
+    def _step(self, engine: Engine) -> list[RequestOutput]:
+        try:
+            outputs = engine.step()
+        except Exception as error:  # one of the two places: a failed step fails its requests
+            logger.exception("an engine step failed")
+            self._num_failed_steps += 1
+            failed = engine.fail_all(f"The engine failed: {error}")
+            if self._num_failed_steps >= _MAX_FAILED_STEPS or "CUDA" in str(error):
+                self._send(StepOutputs(failed, engine.stats()))
+                raise
+            return failed
+        self._num_failed_steps = 0
+        return outputs
+
+    def _receive(self, engine: Engine, info: EngineInfo) -> bool:
+        """Take every message that is there; wait for one when there is nothing to do."""
+        while self._socket.poll(self._patience_ms(engine)):
+            message = self._decoder.decode(self._socket.recv())
+            if isinstance(message, Shutdown):
+                return False
+            self._handle(engine, info, message)
+        return os.getppid() == self._parent_pid
+
+    def _patience_ms(self, engine: Engine) -> int:
+        if self._early or (engine.has_work and not engine.is_stalled):
+            return 0
+        return _STALL_POLL_MS if engine.adapters.is_loading else _IDLE_POLL_MS
+
+    def _handle(self, engine: Engine, info: EngineInfo, message: Any) -> None:
+        match message:
+            case AddRequest():
+                self._add(engine, info, message)
+            case AbortRequests(request_ids):
+                for request_id in request_ids:
+                    engine.abort(request_id)
+            case LoadAdapter(adapter, pinned):
+                if pinned:
+                    engine.adapters.pin(adapter)
+                engine.adapters.prefetch(adapter)
+            case UnpinAdapter(digest):
+                engine.adapters.unpin(digest)
+            case DropAdapter(digest):
+                engine.drop_adapter(digest)
+
+    def _add(self, engine: Engine, info: EngineInfo, message: AddRequest) -> None:
+        problem = find_problem(message, info)
+        if problem is not None:
+            refusal = RequestOutput(
+                request_id=message.request_id, error=problem, error_code="invalid_request"
+            )
+            self._early.append(refusal)
+            return
+        seed = message.sampling.seed
+        request = Request(
+            request_id=message.request_id,
+            prompt_ids=message.prompt_ids,
+            sampling=message.sampling,
+            adapter=message.adapter,
+            tenant=message.tenant,
+            arrival_time=message.arrival_time,
+            seed=seed if seed is not None else random.getrandbits(63),
+        )
+        engine.add(request)
+
+    def _on_progress(self, stage: str, fraction: float) -> None:
+        self._send(Progress(stage, fraction))
+
+    def _send(self, message: FromEngine) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+
+def find_problem(message: AddRequest, info: EngineInfo) -> str | None:
+    """Why the engine could never run this request; None if it can."""
+    num_tokens = len(message.prompt_ids) + message.sampling.max_tokens
+    if not message.prompt_ids:
+        return "The prompt has no tokens."
+    if message.sampling.max_tokens < 1:
+        return f"max_tokens is {message.sampling.max_tokens}; it must be at least 1."
+    if num_tokens > info.max_model_len:
+        return f"Prompt and completion need {num_tokens} tokens; the limit is {info.max_model_len}."
+    worst = max(message.prompt_ids)
+    if worst >= info.vocab_size or min(message.prompt_ids) < 0:
+        return f"Prompt token id {worst} is not in the vocabulary of {info.vocab_size}."
+    if message.adapter is not None and message.adapter.num_rank_rows > info.bank_rows:
+        return (
+            f"The adapter needs {message.adapter.num_rank_rows} bank rows; "
+            f"the bank holds {info.bank_rows}."
+        )
+    return None
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the API process ends (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def main() -> None:
+    """`python -m server.engine.process ENDPOINT PARENT_PID`, the config as JSON on stdin."""
+    endpoint, parent_pid = sys.argv[1], int(sys.argv[2])
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the API process, which drains
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = decode_config(sys.stdin.buffer.read())
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.set_hwm(0)  # the step loop never waits for its reader
+        socket.linger = 1000
+        socket.connect(endpoint)
+        EngineProcess(socket, config, parent_pid).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Logits to token ids, each row by its own request's parameters."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.request import Request, SamplingParams
+
+_CANDIDATES = 1024  # sorted first for top-k and top-p; more only if they do not suffice
+
+
+@dataclass(frozen=True, slots=True)
+class SampledLogprobs:
+    """For each row: the chosen token's logprob and the most likely tokens', most likely first.
+
+    chosen         [num_rows] fp32
+    top_logprobs   [num_rows, num_top] fp32
+    top_ids        [num_rows, num_top] int64
+    """
+
+    chosen: torch.Tensor
+    top_logprobs: torch.Tensor
+    top_ids: torch.Tensor
+
+
+class Sampler:
+    """Chooses tokens, and keeps on the device what the next choice needs.
+
+    last_tokens    [max_running] int64           each state row's newest token
+    output_counts  [max_running, vocab] int32    how often a row generated a token (penalties only)
+    is_prompt      [max_running, vocab] bool     which tokens its prompt holds (penalties only)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_running: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._device = device
+        self._counted: dict[int, tuple[Request, float]] = {}  # state row -> whose counts it holds
+        shape = (max_running, vocab_size)
+        self._output_counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._is_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def sample(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+        """Choose one token for each row: logits [num_rows, vocab] -> [num_rows] int64."""
+        rows = self._tensor([request.state_row for request in requests], torch.int64)
+        penalized = [i for i, request in enumerate(requests) if _has_penalty(request.sampling)]
+        if penalized or any(_edits_logits(request) for request in requests):
+            logits = logits.float().clone()
+            self._bias(logits, requests)
+            self._penalize(logits, requests, penalized)
+        tokens = self._choose(logits, requests)
+        self.last_tokens[rows] = tokens
+        if penalized:
+            at = self._tensor(penalized, torch.int64)
+            self._output_counts[rows[at], tokens[at]] += 1
+        return tokens
+
+    def _choose(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+        tokens = logits.argmax(dim=-1)
+        drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
+        if drawn:
+            at = self._tensor(drawn, torch.int64)
+            tokens[at] = self._draw(logits[at].float(), [requests[i] for i in drawn])
+        return tokens
+
+    def _draw(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+        """Inverse transform sampling: one counter-based uniform number a row, whatever the batch."""
+        params = [request.sampling for request in requests]
+        logits = logits / self._column([p.temperature for p in params])
+        if any(p.min_p > 0 for p in params):
+            floor = self._column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
+            logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floor, -math.inf)
+        filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+        if filtered:
+            at = self._tensor(filtered, torch.int64)
+            logits[at] = self._filter(logits[at], [params[i] for i in filtered])
+        cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        draws = [uniform(r.seed, len(r.output_ids) + r.num_pending) for r in requests]
+        target = self._column(draws, torch.float64) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+    def _filter(self, logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+        """Mask what top-k, then top-p over what is left, rule out; the likeliest token always stays."""
+        vocab = logits.shape[-1]
+        num_sorted = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
+        while True:
+            values, ids = logits.topk(num_sorted, dim=-1)  # sorted, largest first
+            place = torch.arange(num_sorted, device=logits.device)
+            top_k = self._column([p.top_k or vocab for p in params], torch.int64)
+            values = values.masked_fill(place >= top_k, -math.inf)
+            total = torch.where(
+                top_k <= num_sorted,
+                values.logsumexp(dim=-1, keepdim=True),
+                logits.logsumexp(dim=-1, keepdim=True),
+            )
+            probs = (values - total).exp()
+            cumulative = probs.cumsum(dim=-1)
+            top_p = self._column([p.top_p for p in params])
+            is_enough = (cumulative[:, -1:] >= top_p) | (top_k <= num_sorted)
+            if num_sorted == vocab or bool(is_enough.all()):
+                break
+            num_sorted = vocab
+        keep = (cumulative - probs < top_p) & (values > -math.inf)
+        keep[:, 0] = True
+        masked = torch.full_like(logits, -math.inf)
+        return masked.scatter_(1, ids, values.masked_fill(~keep, -math.inf))
+
+    def _bias(self, logits: torch.Tensor, requests: list[Request]) -> None:
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[float] = []
+        for row, request in enumerate(requests):
+            bias = dict(request.sampling.logit_bias)
+            if len(request.output_ids) + request.num_pending <= request.sampling.min_tokens:
+                bias.update(dict.fromkeys(self._stop_ids(request.sampling), -math.inf))
+            rows.extend([row] * len(bias))
+            columns.extend(bias.keys())
+            values.extend(bias.values())
+        if rows:
+            at = (self._tensor(rows, torch.int64), self._tensor(columns, torch.int64))
+            logits.index_put_(at, self._tensor(values, torch.float32), accumulate=True)
+
+    def _stop_ids(self, params: SamplingParams) -> set[int]:
+        return set(params.stop_token_ids) | (
+            set() if params.ignore_eos else set(self._eos_token_ids)
+        )
+
+    def _penalize(
+        self, logits: torch.Tensor, requests: list[Request], penalized: list[int]
+    ) -> None:
+        if not penalized:
+            return
+        chosen = [requests[i] for i in penalized]
+        for request in chosen:
+            self._count_known(request)
+        at = self._tensor(penalized, torch.int64)
+        rows = self._tensor([request.state_row for request in chosen], torch.int64)
+        params = [request.sampling for request in chosen]
+        counts, is_prompt = self._output_counts[rows], self._is_prompt[rows]
+        values = logits[at]
+        repetition = self._column([p.repetition_penalty for p in params])
+        weakened = torch.where(values > 0, values / repetition, values * repetition)
+        values = torch.where((counts > 0) | is_prompt, weakened, values)
+        values -= counts * self._column([p.frequency_penalty for p in params])
+        values -= (counts > 0) * self._column([p.presence_penalty for p in params])
+        logits[at] = values
+
+    def _count_known(self, request: Request) -> None:
+        """Fill a state row's counts when its request has just been given it."""
+        row, admission = request.state_row, (request, request.admitted_time)
+        if self._counted.get(row) == admission:
+            return
+        self._counted[row] = admission
+        prompt = self._tensor(request.prompt_ids, torch.int64)
+        output = self._tensor(request.output_ids, torch.int64)
+        self._is_prompt[row].zero_()[prompt] = True
+        self._output_counts[row] = torch.bincount(output, minlength=self._vocab_size)
+
+    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._tensor(values, dtype).unsqueeze(1)
+
+    def _tensor(self, values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> SampledLogprobs:
+    """Logprobs of the model itself, before temperature, penalties and bias.
+
+    logits  [num_rows, vocab]
+    tokens  [num_rows] int64
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    top = logprobs.topk(num_top, dim=-1)
+    return SampledLogprobs(chosen, top.values, top.indices)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on the seed and the token's place alone (splitmix64)."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 32) / 2**32
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1
+        or params.frequency_penalty != 0
+        or params.presence_penalty != 0
+    )
+
+
+def _edits_logits(request: Request) -> bool:
+    return bool(request.sampling.logit_bias) or request.sampling.min_tokens > 0

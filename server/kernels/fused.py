@@ -1,0 +1,61 @@
+"""The small ops between the matrix products: norm, rotary embedding with the KV write, activation."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in fp32 inside (arXiv:1910.07467).
+
+    x        [num_tokens, hidden]
+    weight   [hidden]
+    returns  [num_tokens, hidden]
+    """
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotary_tables(
+    head_dim: int, theta: float, max_positions: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines of every position: two tensors [max_positions, 1, head_dim].
+
+    The sines' first half is negated, so that `rotate` is one roll and two products (arXiv:2104.09864).
+    """
+    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inverse
+    cos, sin = angles.cos(), angles.sin()
+    cos_table = torch.cat((cos, cos), dim=-1).unsqueeze(1)
+    sin_table = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
+    return cos_table.to(dtype), sin_table.to(dtype)
+
+
+def rotate_and_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate queries and keys, put keys and values into the cache, return the queries.
+
+    qkv               [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    cos, sin          [num_tokens, 1, head_dim], from `rotary_tables`
+    k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], written at slot_mapping
+    slot_mapping      [num_tokens] int64: block * block_size + offset
+    returns           [num_tokens, num_heads, head_dim]
+    """
+    _, _, num_kv_heads, head_dim = k_cache.shape
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    rotated = (qk * cos).addcmul_(qk.roll(head_dim // 2, dims=-1), sin)
+    q, k = rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:]
+    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = k
+    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = v
+    return q
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, the two halves of the last dimension: [num_tokens, 2 * n] -> [num_tokens, n]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

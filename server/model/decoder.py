@@ -1,0 +1,90 @@
+"""The resident base, said plainly: embeddings, blocks, head; each linear with its token's own LoRA."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from server.kernels.dense_linear import DenseWeight, dense_linear
+from server.kernels.fused import rms_norm, rotate_and_write, silu_mul
+from server.kernels.lora import LoraStep, add_lora
+from server.kernels.paged_attention import AttentionStep, paged_attention
+from server.model.adapter_bank import AdapterBank
+from server.model.kv_cache import KVCache
+from server.model.linear import Linear
+from server.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One step's tokens, of all its requests, end to end.
+
+    token_ids, positions, slot_mapping  [num_tokens] int64
+    logits_rows                         [num_logits] int64: tokens whose next token is wanted
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    attention: AttentionStep
+    lora: LoraStep | None
+    logits_rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's weights; `linears` by fused group."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    linears: dict[str, Linear]
+
+
+class Decoder:
+    """A Mistral-family decoder over a paged KV cache and an adapter bank."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: torch.Tensor,  # [vocab, hidden]
+        layers: list[Layer],
+        final_norm: torch.Tensor,
+        lm_head: DenseWeight,  # [vocab, hidden]
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self.spec = spec
+        self.layers = layers
+        self._embedding = embedding
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+        self._cos, self._sin = rotary
+        self._out_splits = {group: spec.out_splits(group) for group in layers[0].linears}
+
+    def forward(self, step: ModelInput, kv: KVCache, bank: AdapterBank) -> torch.Tensor:
+        """Run one step, writing its keys and values: returns logits [num_logits, vocab]."""
+        eps, window = self.spec.rms_norm_eps, self.spec.sliding_window
+        cos, sin = self._cos[step.positions], self._sin[step.positions]
+        x = F.embedding(step.token_ids, self._embedding)  # [num_tokens, hidden]
+        for index, layer in enumerate(self.layers):
+            h = rms_norm(x, layer.input_norm, eps)
+            qkv = self._linear(index, "qkv", h, step.lora, bank)
+            k_cache, v_cache = kv.k[index], kv.v[index]
+            q = rotate_and_write(qkv, cos, sin, k_cache, v_cache, step.slot_mapping)
+            heads = paged_attention(q, k_cache, v_cache, step.attention, window)
+            x = x + self._linear(index, "o", heads.flatten(1), step.lora, bank)
+            h = rms_norm(x, layer.post_attention_norm, eps)
+            activated = silu_mul(self._linear(index, "gate_up", h, step.lora, bank))
+            x = x + self._linear(index, "down", activated, step.lora, bank)
+        if step.logits_rows.numel() == 0:  # prompt chunks only, none of them the last
+            return x.new_empty(0, self.spec.vocab_size)
+        x = rms_norm(x[step.logits_rows], self._final_norm, eps)
+        return dense_linear(x, self._lm_head)
+
+    def _linear(
+        self, index: int, group: str, x: torch.Tensor, lora: LoraStep | None, bank: AdapterBank
+    ) -> torch.Tensor:
+        y = self.layers[index].linears[group](x)
+        if lora is not None:
+            key = (index, group)
+            add_lora(y, x, bank.lora_a[key], bank.lora_b[key], self._out_splits[group], lora)
+        return y

@@ -1,0 +1,89 @@
+"""What every test may use: a tiny random Mistral, and adapters over it made by PEFT itself."""
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import peft
+import pytest
+import torch
+import transformers
+
+
+class MakeAdapter(Protocol):
+    """See the `make_adapter` fixture."""
+
+    def __call__(
+        self, *, seed: int = 0, dtype: torch.dtype = torch.float32, **lora_config: Any
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Mistral: 2 layers, hidden 64, 4 heads over 2 KV heads, vocab 256, fp32."""
+    config = transformers.MistralConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.MistralForCausalLM(config)
+        with torch.no_grad():  # transformers' 0.02 would leave every next token equally likely
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(std=0.15)
+    folder = tmp_path_factory.mktemp("tiny-base")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
+    """Return a function that saves a PEFT LoRA adapter over `tiny_base` and returns its folder.
+
+    Keywords are LoraConfig's, by default r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"],
+    task_type="CAUSAL_LM"; A, B and DoRA's magnitude are random, non-zero and set by `seed`.
+    """
+    root = tmp_path_factory.mktemp("adapters")
+    counter = itertools.count()
+
+    def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **lora_config: Any) -> Path:
+        defaults = {
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+        }
+        base = transformers.MistralForCausalLM.from_pretrained(tiny_base)
+        config = peft.LoraConfig(**{**defaults, **lora_config})
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+            model = peft.get_peft_model(base, config)
+            _randomize(model, generator)
+            folder = root / f"adapter-{next(counter)}"
+            model.to(dtype).save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
+def _randomize(model: peft.PeftModel, generator: torch.Generator) -> None:
+    """Give every LoRA tensor non-zero values large enough to change the model's next token."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                noise = torch.rand(parameter.shape, generator=generator)
+                parameter.mul_(0.75 + 0.5 * noise)
+            elif "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
