@@ -12,7 +12,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help setup base serve test test-slow test-all test-gpu check format clean
@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 			$(PIP) torch==$(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu; \
 	fi
 	@echo "Installing Turnout and its dependencies, a minute or two"
-	@$(PIP) -qq --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) -qq --editable '.[dev]'
 	@touch $@
 
 base: $(INSTALLED) ## make the default base, once

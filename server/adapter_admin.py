@@ -96,7 +96,7 @@ class RemoteAdmin:
     def push(self, name: str, folder: Path, *, publish: bool) -> Card:
         fields = {"name": name, "publish": "true" if publish else "false"}
         with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(Progress(console=self._console, transient=True))
+            progress = stack.enter_context(_progress(self._console))
             files = {}
             for file in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
                 if (folder / file).is_file():
@@ -210,6 +210,11 @@ def revision_card(revision: Revision) -> Card:
         "max_rank": revision.max_rank,
         "num_bytes": revision.num_bytes,
     }
+
+
+def _progress(console: Console) -> Progress:
+    """A bar that is gone when done, and is never there where nobody watches."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _at(name: str) -> str:

@@ -48,7 +48,9 @@ def push(
     """Register the adapter in FOLDER as a revision of NAME."""
     adapters = adapter_config(store, allow_other_base=allow_other_base)
     make_base = functools.partial(base_config, base, base_name)
-    with open_admin(adapters, Console(), base=make_base, url=url, api_key=api_key) as admin:
+    with open_admin(
+        adapters, Console(stderr=True), base=make_base, url=url, api_key=api_key
+    ) as admin:
         card = admin.push(name, folder, publish=publish)
     _say(f"{card['id']} registered, digest {card['digest'][:12]}")
 
@@ -56,7 +58,7 @@ def push(
 @app.command("list")
 def list_all(store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
     """List the adapters."""
-    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+    with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         cards = admin.list_all()
     columns = ("name", "revision", "num_revisions", "max_rank", "num_bytes", "pinned", "digest")
     rows = [{**(card["current"] or {}), **card} for card in cards]
@@ -66,7 +68,7 @@ def list_all(store: StorePath = None, url: Url = None, api_key: ApiKey = None) -
 @app.command()
 def show(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
     """Show one adapter and its revisions."""
-    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+    with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         card, revisions = admin.show(name)
     _say(_meaning(card))
     _print_table(("revision", "max_rank", "num_bytes", "created", "digest"), revisions, "")
@@ -105,7 +107,7 @@ def unpin(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey 
 @app.command()
 def delete(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
     """Forget NAME; its bytes go with the last request that uses them."""
-    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+    with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         admin.delete(name)
     _say(f"{name} deleted")
 
@@ -132,7 +134,7 @@ def _change(
     api_key: str | None,
     revision: int | None = None,
 ) -> None:
-    with open_admin(adapter_config(store), Console(), url=url, api_key=api_key) as admin:
+    with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         card = admin.change(name, action, revision)
     _say(_meaning(card))
 

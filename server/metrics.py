@@ -270,8 +270,7 @@ def _count_event(series: AdapterSeries, event: AdapterEvent) -> None:
         series.loads[event.tier, "ok"] += 1
         series.load_sum += event.seconds
         series.load_count += 1
-        if event.tier == "gpu":
-            series.bank_bytes[event.digest] = event.num_bytes
+        series.bank_bytes[event.digest] = event.num_bytes
     elif event.event == "failed":
         series.loads[event.tier, "failed"] += 1
     else:  # evicted or dropped

@@ -1,9 +1,14 @@
 """What every test may use: a tiny random Mistral, and adapters over it made by PEFT itself."""
 
 import itertools
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
+
+# Before torch is loaded: OpenMP threads that spin while they wait take the core that the thread
+# they wait for needs, and tests run many processes on few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import peft
 import pytest

@@ -1,7 +1,6 @@
 """Operator routes: push, publish, roll back, pin, delete; and vLLM's load and unload."""
 
 import asyncio
-import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +12,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from adapters.catalog import Adapter, Revision
 from adapters.manifest import AdapterConflict, AdapterError, AdapterNotFound, AdapterRefused
 from adapters.registry import Registry
-from server.api.ports import Engine
-from server.api.schemas import (
-    FormBody,
-    LoadLoraBody,
-    PublishBody,
-    PushBody,
-    UnloadLoraBody,
-    parse_form,
-)
+from server.api.parsing import parse_form
+from server.api.residency import follow_pin, load, unpin
+from server.api.schemas import FormBody, LoadLoraBody, PublishBody, PushBody, UnloadLoraBody
 from server.api.services import Services, read_json, services_of
-from server.api.upload import FILES, receive_upload
-from server.engine.request import AdapterRef
+from server.api.upload import FILES, receive_upload, upload_root
 from server.errors import ServeError, bad_request
-
-log = logging.getLogger(__name__)
 
 
 def as_serve_error(error: AdapterError) -> ServeError:
@@ -38,55 +28,6 @@ def as_serve_error(error: AdapterError) -> ServeError:
         return ServeError(409, "adapter_conflict", error.message)
     param = error.field if isinstance(error, AdapterRefused) else None
     return ServeError(400, "adapter_refused", error.message, param=param)
-
-
-def digest_names(registry: Registry) -> dict[str, list[str]]:
-    """The adapters that each digest belongs to, for metrics."""
-    names: dict[str, list[str]] = {}
-    for adapter in registry.list():
-        for revision in _revisions(registry, adapter.name):
-            names.setdefault(revision.digest, []).append(adapter.name)
-    return names
-
-
-def _revisions(registry: Registry, name: str) -> tuple[Revision, ...]:
-    try:
-        return registry.revisions(name)
-    except AdapterNotFound:  # deleted a moment ago
-        return ()
-
-
-class EngineDropper:
-    """Tells the engine to free what nothing names or leases any more: the registry's `on_free`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._registry: Registry | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def attach(self, registry: Registry) -> None:
-        """Serve from the running loop on. Before that the engine holds nothing to be freed."""
-        self._registry, self._loop = registry, asyncio.get_running_loop()
-
-    def __call__(self, digest: str) -> None:
-        """May be called from any thread; returns at once."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._start, digest)
-
-    def _start(self, digest: str) -> None:
-        task = asyncio.ensure_future(self._drop(digest))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _drop(self, digest: str) -> None:
-        assert self._registry is not None, "attached"
-        if digest in digest_names(self._registry):
-            return  # pushed again meanwhile: what the engine holds of it is right
-        try:
-            await self._engine.drop_adapter(digest)
-        except ServeError as error:  # an engine that is down holds nothing
-            log.warning("adapter not dropped: %s", error.message, extra={"adapter": digest})
 
 
 async def list_adapters(request: Request) -> Response:
@@ -118,7 +59,7 @@ async def push_adapter(request: Request) -> Response:
         body = await read_json(request, PushBody)
         folder = _allowed_folder(services, body.path, "path")
         return await _push(services, body, folder, key)
-    root = services.config.adapters.store / "uploads"
+    root = upload_root(services.config.adapters)
     await asyncio.to_thread(root.mkdir, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
         limit = services.config.adapters.max_upload_bytes
@@ -147,7 +88,7 @@ async def pin_adapter(request: Request) -> Response:
     adapter = await asyncio.to_thread(services.registry.pin, name)
     if adapter.current is not None:
         try:
-            await _load(services, adapter.current, pinned=True)
+            await load(services, adapter.current, pinned=True)
         except ServeError:
             await asyncio.to_thread(services.registry.unpin, name)
             raise
@@ -159,7 +100,7 @@ async def unpin_adapter(request: Request) -> Response:
     services, name = services_of(request), request.path_params["name"]
     adapter = await asyncio.to_thread(services.registry.unpin, name)
     if adapter.current is not None:
-        services.engine.unpin_adapter(adapter.current.digest)
+        unpin(services, adapter.current)
     return JSONResponse(_adapter(services, adapter))
 
 
@@ -192,7 +133,7 @@ async def load_lora_adapter(request: Request) -> Response:
     except AdapterRefused as error:
         param = "lora_name" if error.field == "name" else error.field
         raise _invalid(error.message, param) from None
-    await _follow(services, body.lora_name, before, revision)
+    await follow_pin(services, body.lora_name, before, revision)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -208,16 +149,6 @@ async def unload_lora_adapter(request: Request) -> Response:
         message = f"The lora adapter '{body.lora_name}' cannot be found."
         raise ServeError(404, "adapter_not_found", message, param="lora_name") from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
-async def restore_pins(services: Services) -> None:
-    """Load and pin, in an engine that has just started, what operators have pinned."""
-    for adapter in services.registry.list():
-        if adapter.pinned and adapter.current is not None:
-            try:
-                await _load(services, adapter.current, pinned=True)
-            except ServeError as error:
-                log.warning("pin not restored: %s", error.message, extra={"adapter": adapter.name})
 
 
 def _invalid(message: str, param: str | None) -> ServeError:
@@ -250,9 +181,9 @@ async def _push(
     reply["revision"] = _revision(services, revision)
     reply["loaded"] = False
     if body.publish:
-        await _follow(services, body.name, before, revision)
+        await follow_pin(services, body.name, before, revision)
     if body.preload:
-        await _load(services, revision)
+        await load(services, revision)
         reply["loaded"] = True
     return JSONResponse(reply, status_code=201)
 
@@ -261,15 +192,15 @@ async def _repoint(request: Request, change: Callable[[Registry, str], Revision]
     services, name = services_of(request), request.path_params["name"]
     before = _current(services, name)
     revision = await asyncio.to_thread(change, services.registry, name)
-    await _follow(services, name, before, revision)
+    await follow_pin(services, name, before, revision)
     return JSONResponse(_adapter(services, services.registry.get(name)))
 
 
 async def _delete(services: Services, name: str) -> dict[str, Any]:
     adapter = services.registry.get(name)
-    if adapter.pinned and adapter.current is not None:
-        services.engine.unpin_adapter(adapter.current.digest)
     deletion = await asyncio.to_thread(services.registry.delete, name)
+    if adapter.pinned and adapter.current is not None:
+        unpin(services, adapter.current)
     services.metrics.forget_adapter(name)
     return {
         "name": name,
@@ -285,25 +216,6 @@ def _current(services: Services, name: str) -> Revision | None:
         return services.registry.get(name).current
     except AdapterNotFound:
         return None
-
-
-async def _follow(services: Services, name: str, before: Revision | None, after: Revision) -> None:
-    """Move a pinned adapter's pin from the revision it meant to the one it means now."""
-    if before is None or before.digest == after.digest or not services.registry.get(name).pinned:
-        return
-    services.engine.unpin_adapter(before.digest)
-    await _load(services, after, pinned=True)
-
-
-async def _load(services: Services, revision: Revision, *, pinned: bool = False) -> None:
-    """Bring a revision into the bank. Raises ServeError 409 when it does not get there."""
-    services.check_open()
-    adapter = AdapterRef(revision.digest, revision.num_rank_rows)
-    event = await services.engine.load_adapter(adapter, pinned=pinned)
-    if event.event != "loaded":
-        raise ServeError(
-            409, "adapter_not_loaded", f"{revision.id} was not loaded: {event.message}"
-        )
 
 
 def _adapter(services: Services, adapter: Adapter) -> dict[str, Any]:

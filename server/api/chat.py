@@ -10,7 +10,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.api.generation import Delta, Generation, Plan, Target, respond
+from server.api.choice import Delta, Plan, Target
+from server.api.generation import Generation, respond
 from server.api.schemas import ChatBody
 from server.api.services import Services, read_json, services_of
 from server.api.tokenizer import TextCodec

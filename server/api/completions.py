@@ -11,10 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.api.chat import finite
-from server.api.generation import Delta, Generation, Plan, Target, respond
+from server.api.choice import Delta, Plan, Target
+from server.api.detokenizer import Detokenizer
+from server.api.generation import Generation, respond
 from server.api.schemas import CompletionBody
 from server.api.services import Services, read_json, services_of
-from server.api.tokenizer import Detokenizer, TextCodec
+from server.api.tokenizer import TextCodec
 from server.engine.messages import TokenLogprobs
 from server.errors import bad_request
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.catalog import Adapter, Revision
-from server.api.generation import resolve
+from server.api.choice import resolve
 from server.api.schemas import DetokenizeBody, TokenizeBody
 from server.api.services import Services, read_json, services_of
 from server.errors import bad_request

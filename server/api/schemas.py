@@ -1,15 +1,16 @@
 """Request bodies: every field with its bounds, and every refusal with the field's name."""
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError, from_json
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
+from server.api.parsing import StrictBody
+from server.api.unserved import UNSERVED_IN_CHAT, UNSERVED_IN_COMPLETIONS, UNSERVED_IN_MESSAGES
 from server.engine.messages import EngineInfo
 from server.engine.request import SamplingParams
-from server.errors import ServeError, bad_request
+from server.errors import bad_request
 
 MAX_CHOICES = 16  # `n`
 MAX_PROMPTS = 256  # in one completions request
@@ -19,72 +20,6 @@ MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-
-# Fields that clients know and we do not serve: the values that ask for nothing, else a refusal.
-# Null is always such a value.
-_UNSERVED: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (True,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1.0,),
-    "metadata": ({},),
-    "priority": (0,),
-    "prompt_cache_key": (),
-    "prompt_cache_retention": (),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "safety_identifier": (),
-    "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "store": (False,),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-_UNSERVED_CHAT: dict[str, tuple[Any, ...]] = _UNSERVED | {
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": (),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True,),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-_UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = _UNSERVED | {"suffix": ("",)}
-# In a message that a client sends back to us as it came.
-_UNSERVED_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning_content": ("",),
-    "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-
-
-class StrictBody(BaseModel):
-    """Strict: no coercion, no NaN, no field that is not listed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
 
 def _as_stops(value: Any) -> Any:
@@ -147,7 +82,7 @@ def _as_text(value: Any) -> str:
 class Message(StrictBody):
     """One turn of a chat."""
 
-    unserved = _UNSERVED_MESSAGE
+    unserved = UNSERVED_IN_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_as_text)]
@@ -163,10 +98,10 @@ class Message(StrictBody):
 def _as_message(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    for name, harmless in _UNSERVED_MESSAGE.items():
+    for name, harmless in UNSERVED_IN_MESSAGES.items():
         if name in value and value[name] is not None and value[name] not in harmless:
             raise PydanticCustomError("unserved", "{name} is not supported", {"name": name})
-    kept = {key: item for key, item in value.items() if key not in _UNSERVED_MESSAGE}
+    kept = {key: item for key, item in value.items() if key not in UNSERVED_IN_MESSAGES}
     if kept.get("content") is None and kept.get("role") != "assistant":
         raise PydanticCustomError("content", "content is required")
     return {"content": None} | kept
@@ -268,7 +203,7 @@ class SamplingBody(StrictBody):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    unserved = _UNSERVED_CHAT
+    unserved = UNSERVED_IN_CHAT
 
     messages: list[Annotated[Message, BeforeValidator(_as_message)]] = Field(
         min_length=1, max_length=MAX_MESSAGES
@@ -298,7 +233,7 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    unserved = _UNSERVED_COMPLETION
+    unserved = UNSERVED_IN_COMPLETIONS
 
     prompt: Annotated[list[Any], BeforeValidator(_as_prompts)]  # of str, or of list[int]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -361,58 +296,6 @@ class PublishBody(StrictBody):
     """POST /v1/adapters/{name}/publish."""
 
     revision: int = Field(ge=1, le=INT32_MAX)
-
-
-Body = TypeVar("Body", bound=StrictBody)
-
-
-def parse_body(kind: type[Body], data: bytes) -> Body:
-    """Read a JSON body into `kind`. Raises ServeError 400 naming the first field that is wrong."""
-    try:
-        given = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(given, dict):
-        raise bad_request("The body must be a JSON object.", code="invalid_json")
-    return _build(kind, given)
-
-
-def parse_form(kind: type[Body], fields: Mapping[str, str]) -> Body:
-    """Read form fields into `kind`: what JSON spells true and false may be a field's text."""
-    spelled = {"true": True, "false": False}
-    return _build(kind, {name: spelled.get(text, text) for name, text in fields.items()})
-
-
-def _build(kind: type[Body], given: dict[str, Any]) -> Body:
-    fields = {}
-    for name, value in given.items():
-        if value is None:  # null is OpenAI's "not given"
-            if name not in kind.model_fields and name not in kind.unserved:
-                raise _unknown(name)
-        elif name not in kind.unserved:
-            fields[name] = value
-        elif value not in kind.unserved[name]:
-            raise bad_request(f"{name} is not supported.", param=name, code="unsupported_parameter")
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def _unknown(name: str) -> ServeError:
-    shown = name[:64]
-    return bad_request(f"Unknown field: {shown}.", param=shown, code="unknown_parameter")
-
-
-def _refusal(error: ValidationError) -> ServeError:
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    param = ".".join(str(part)[:64] for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(param)
-    if first["type"] == "missing":
-        return bad_request(f"{param} is required.", param=param, code="missing_parameter")
-    code = "unsupported_parameter" if first["type"] == "unserved" else "invalid_value"
-    return bad_request(f"{param}: {first['msg']}.", param=param, code=code)
 
 
 def _fit(info: EngineInfo, num_prompt: int, max_tokens: int | None, fill: int | None) -> int:

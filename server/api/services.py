@@ -15,8 +15,8 @@ from starlette.types import Receive
 from adapters.registry import Registry
 from server.api.admission import Admission
 from server.api.auth import Authenticator
+from server.api.parsing import Body, parse_body
 from server.api.ports import Engine
-from server.api.schemas import Body, parse_body
 from server.api.tokenizer import TextCodec
 from server.config import Config
 from server.errors import ServeError
@@ -78,6 +78,12 @@ class Services:
             self._running.discard(task)
             gone.cancel()
             await _end(task)
+
+    async def register_usage(self) -> None:
+        """Write the tokens counted since the last time to the registry."""
+        tokens, self.usage = self.usage, Counter()
+        if tokens:
+            await asyncio.to_thread(self.registry.add_usage, tokens)
 
     async def drain(self) -> None:
         """Stop taking on work, let what runs finish within the grace period, then cut it off."""

@@ -11,6 +11,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from server.api.services import ClientGone
+from server.config import AdapterConfig
 from server.errors import ServeError, bad_request
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "turnout.json")
@@ -48,12 +49,10 @@ class _Receiver:
         self._header = self._header_value = b""
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-        _check_size(len(self._header))
+        self._header += data[start:end]  # the parser bounds it
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
         self._header_value += data[start:end]
-        _check_size(len(self._header_value))
 
     def on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
@@ -80,7 +79,8 @@ class _Receiver:
             self._part.file.write(data[start:end])
             return
         self._part.value += data[start:end]
-        _check_size(len(self._part.value))
+        if len(self._part.value) > _MAX_FIELD_BYTES:
+            raise bad_request(f"A form field is longer than {_MAX_FIELD_BYTES} bytes.")
 
     def on_part_end(self) -> None:
         if self._part.file is None:
@@ -92,6 +92,11 @@ class _Receiver:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def upload_root(config: AdapterConfig) -> Path:
+    """Where uploads are put while they come: beside the store, on its disk."""
+    return config.store / "uploads"
 
 
 async def receive_upload(request: Request, folder: Path, max_bytes: int) -> dict[str, str]:
@@ -133,8 +138,3 @@ async def _feed(parser: MultipartParser, request: Request, limit: int) -> None:
     if received > limit:
         raise ServeError(413, "body_too_large", f"The upload is over the limit of {limit} bytes.")
     parser.finalize()
-
-
-def _check_size(num_bytes: int) -> None:
-    if num_bytes > _MAX_FIELD_BYTES:
-        raise bad_request(f"A form field is longer than {_MAX_FIELD_BYTES} bytes.")

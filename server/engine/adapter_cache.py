@@ -159,13 +159,14 @@ class AdapterCache:
         """Let an adapter be evicted like any other."""
         self._pinned.pop(digest, None)
 
-    def prefetch(self, adapter: AdapterRef) -> None:
-        """Start loading an adapter that nobody has asked for yet, if there is room."""
-        if adapter.digest not in self._residents:
-            self._start(adapter, self._evictable(spare_pinned=True))
+    def prefetch(self, adapter: AdapterRef) -> bool:
+        """Start loading an adapter that no request has asked for yet. False if there is no room."""
+        if adapter.digest in self._residents:
+            return True
+        return self._start(adapter, self._evictable(spare_pinned=True)) is not None
 
     def take_failures(self) -> dict[str, str]:
-        """Loads that failed since the last call: digest -> why."""
+        """Leased adapters whose load failed since the last call: digest -> why."""
         failures, self._failures = self._failures, {}
         return failures
 
@@ -203,8 +204,11 @@ class AdapterCache:
             if not isinstance(error, (OSError, ValueError)):
                 raise error
             self._pinned.pop(digest, None)
-            self._failures[digest] = str(error)
+            if resident.num_leases > 0:  # nobody waited for the others: a request tries again
+                self._failures[digest] = str(error)
             self._free(resident, "failed", seconds=seconds, message=str(error))
+            if resident.is_dropped:
+                self._event(digest, "dropped", "disk")
             return
         host, resident.loading = resident.loading.result(), None
         resident.gain_row = host.gain_row
@@ -272,6 +276,8 @@ class AdapterCache:
         self._event(resident.adapter.digest, event, "gpu", seconds, message=message)
 
     def _keep_in_host(self, digest: str, host: HostAdapter) -> None:
+        if host.num_bytes > self._max_host_bytes:
+            return  # it would drive out every other one and then itself
         if digest not in self._host:
             self._host[digest] = host
             self.num_host_bytes += host.num_bytes

@@ -100,7 +100,9 @@ def _lora(plan: Plan, adapters: AdapterCache, device: torch.device) -> LoraStep 
     rows_of = {digest: adapters.rows(digest) for digest in ordered}
     rows = [row for digest in ordered for row in rows_of[digest]]
     owner = [index for index, digest in enumerate(ordered) for _ in rows_of[digest]]
-    wanted, gain_rows, gain_tokens = [], [], []
+    wanted: list[int] = []
+    gain_rows: list[int] = []
+    gain_tokens: list[int] = []
     for part in plan.parts:
         digest = part.request.adapter.digest if part.request.adapter else None
         gain_row = adapters.gain_row(digest) if digest is not None else None
@@ -121,8 +123,8 @@ def _lora(plan: Plan, adapters: AdapterCache, device: torch.device) -> LoraStep 
 
 def _rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
     """A slice where the rows are neighbours: no gather."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0], rows[-1] + 1)
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
     return _int64(rows, device)
 
 

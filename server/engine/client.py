@@ -181,12 +181,10 @@ class EngineClient:
         return stream
 
     async def load_adapter(self, adapter: AdapterRef, *, pinned: bool = False) -> AdapterEvent:
-        """Bring an adapter into the bank; return its `loaded` or `failed` event."""
+        """Bring an adapter into the bank; return what came of it: see AdapterChange."""
         if not self.is_ready:
             raise engine_failed("The engine is not running; it is being started.")
         self._send(LoadAdapter(adapter, pinned))
-        if adapter.digest in self.stats.resident_adapters:
-            return AdapterEvent(digest=adapter.digest, event="loaded", tier="gpu")
         return await self._expect(self._loads, adapter.digest)
 
     def unpin_adapter(self, digest: str) -> None:
@@ -233,6 +231,9 @@ class EngineClient:
             endpoint,
             str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
+            # On a CPU the engine's threads share the cores with this process: spinning while they
+            # wait for each other costs up to 16 times the step (docs/performance.md).
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(encode_config(self._config))
@@ -282,7 +283,11 @@ class EngineClient:
                 self._on_stats(stats)
             case AdapterEvent():
                 self._settle(message)
-                self._on_event(message)
+                is_answer_only = message.event == "postponed" or (
+                    message.event == "loaded" and message.tier == "gpu"
+                )
+                if not is_answer_only:
+                    self._on_event(message)
             case Progress(stage, fraction):
                 self._on_progress(stage, fraction)
             case Ready(info):
@@ -301,8 +306,10 @@ class EngineClient:
         stream.put(output)
 
     def _settle(self, event: AdapterEvent) -> None:
-        waiters = {"loaded": self._loads, "failed": self._loads, "dropped": self._drops}
-        for future in waiters.get(event.event, {}).pop(event.digest, []):
+        if event.event == "evicted":
+            return
+        waiters = self._drops if event.event == "dropped" else self._loads
+        for future in waiters.pop(event.digest, []):
             if not future.done():
                 future.set_result(event)
 

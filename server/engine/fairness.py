@@ -1,7 +1,8 @@
 """Whose turn it is among waiting requests: the adapter that has been served the fewest tokens.
 
 A virtual token counter for each adapter (VTC, arXiv:2401.00588): an adapter that returns after a
-pause starts level with the least served of the others, so that idling earns no credit.
+pause starts level with the least served of those that wait, or with the last that did, so that
+idling earns no credit.
 """
 
 from collections import deque
@@ -20,6 +21,8 @@ class FairQueue:
         self._token_fair = token_fair
         self._queues: dict[str, deque[Request]] = {}
         self._served: dict[str, float] = {}
+        self._last_turn: dict[str, float] = {}  # when a request of the adapter was last admitted
+        self._last_left = ""  # whose queue was the last to become empty
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -42,15 +45,26 @@ class FairQueue:
 
     def remove(self, request: Request) -> None:
         """Take a request out."""
-        queue = self._queues[request.fairness_key]
-        queue.remove(request)
-        if not queue:
-            del self._queues[request.fairness_key]
+        key = request.fairness_key
+        self._queues[key].remove(request)
+        if not self._queues[key]:
+            del self._queues[key]
+            self._last_left = key
 
-    def oldest(self) -> Request | None:
-        """The request that has waited longest."""
+    def admit(self, request: Request, now: float) -> None:
+        """Take a request out to run: its adapter has had a turn."""
+        self.remove(request)
+        self._last_turn[request.fairness_key] = now
+
+    def most_overdue(self) -> Request | None:
+        """The first request of the adapter that has had no turn for longest."""
         heads = [queue[0] for queue in self._queues.values()]
-        return min(heads, key=lambda request: request.arrival_time, default=None)
+        return min(heads, key=self.waiting_since, default=None)
+
+    def waiting_since(self, request: Request) -> float:
+        """Since when a request waits with none of its adapter's having been admitted."""
+        last_turn = self._last_turn.get(request.fairness_key, request.queued_time)
+        return max(request.queued_time, last_turn)
 
     def candidates(self) -> Iterator[Request]:
         """Requests in the order in which they should be tried; removing the one in hand is allowed.
@@ -83,7 +97,9 @@ class FairQueue:
 
     def _catch_up(self, key: str) -> None:
         others = [self.served(other) for other in self._queues if other != key]
-        floor = min(others, default=0)
+        floor = min(others, default=self.served(self._last_left))
         self._served[key] = max(self.served(key), floor)
         if len(self._served) > _MAX_IDLE_COUNTERS:
-            self._served = {k: v for k, v in self._served.items() if k in self._queues or v > floor}
+            kept = {*self._queues, self._last_left}
+            self._served = {k: v for k, v in self._served.items() if k in kept or v > floor}
+            self._last_turn = {k: v for k, v in self._last_turn.items() if k in self._served}

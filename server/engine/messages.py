@@ -3,9 +3,15 @@
 Times are `time.monotonic()` seconds, which both processes share on one host.
 """
 
+from typing import Literal
+
 import msgspec
 
 from server.engine.request import AdapterRef, FinishReason, SamplingParams, Tier
+
+
+# loaded: into the bank. postponed: the answer to a LoadAdapter that finds no room.
+AdapterChange = Literal["loaded", "postponed", "evicted", "dropped", "failed"]
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -109,8 +115,8 @@ class AdapterEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An adapter moved between tiers, or failed to."""
 
     digest: str
-    event: str  # loaded (into the bank), evicted, dropped, failed
-    tier: Tier  # where it was loaded from; what it left; what it did not reach
+    event: AdapterChange
+    tier: Tier  # where it was loaded from (gpu: it was there); what it left; what it did not reach
     seconds: float = 0.0
     num_bytes: int = 0
     message: str = ""

@@ -17,6 +17,7 @@ from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.messages import (
     AbortRequests,
+    AdapterEvent,
     AddRequest,
     DropAdapter,
     EngineInfo,
@@ -31,7 +32,7 @@ from server.engine.messages import (
     ToEngine,
     UnpinAdapter,
 )
-from server.engine.request import Request
+from server.engine.request import AdapterRef, Request
 from server.engine.wire import decode_config
 
 logger = logging.getLogger(__name__)
@@ -113,13 +114,25 @@ class EngineProcess:
                 for request_id in request_ids:
                     engine.abort(request_id)
             case LoadAdapter(adapter, pinned):
-                if pinned:
-                    engine.adapters.pin(adapter)
-                engine.adapters.prefetch(adapter)
+                self._load(engine, adapter, pinned=pinned)
             case UnpinAdapter(digest):
                 engine.adapters.unpin(digest)
             case DropAdapter(digest):
                 engine.drop_adapter(digest)
+
+    def _load(self, engine: Engine, adapter: AdapterRef, *, pinned: bool) -> None:
+        """Answered by the cache's own event, unless there is nothing to load or no room."""
+        if pinned:
+            engine.adapters.pin(adapter)
+        if engine.adapters.is_ready(adapter.digest):
+            self._send(AdapterEvent(digest=adapter.digest, event="loaded", tier="gpu"))
+        elif not engine.adapters.prefetch(adapter):
+            message = "the bank has no room now; it will be loaded by its first request"
+            if pinned:
+                message = "the bank has no room now; it will be loaded as soon as there is"
+            self._send(
+                AdapterEvent(digest=adapter.digest, event="postponed", tier="disk", message=message)
+            )
 
     def _add(self, engine: Engine, info: EngineInfo, message: AddRequest) -> None:
         problem = find_problem(message, info)

@@ -63,6 +63,7 @@ class Request:
     )  # chain over full blocks of known tokens
     state_row: int = NO_STATE_ROW  # its row of the device-side state while it runs
     holds_adapter: bool = False
+    queued_time: float = 0.0  # when it last joined the queue
     admitted_time: float = 0.0  # when it last left the queue
     first_scheduled_time: float | None = None
     num_cached_tokens: int = 0  # of its first admission

@@ -75,6 +75,7 @@ class Scheduler:
             request.tier = self._adapters.tier(digest)
         request.prefix_root = prefix_root(self._base_digest, digest, request.tenant)
         self._roots.setdefault(request.fairness_key, set()).add(request.prefix_root)
+        request.queued_time = request.arrival_time
         self.waiting.push(request)
 
     def finish(self, request: Request) -> None:
@@ -97,10 +98,10 @@ class Scheduler:
         budget = _Budget(self._config.max_step_tokens)
         for request in list(self.running):
             if request.num_uncomputed_tokens == 1 and request.wants_more:
-                self._plan_running(request, budget)
+                self._plan_running(request, budget, now)
         for request in list(self.running):
             if request.num_uncomputed_tokens > 1:
-                self._plan_running(request, budget)
+                self._plan_running(request, budget, now)
         self._admit(budget, now)
         return self._launch(budget)
 
@@ -109,7 +110,9 @@ class Scheduler:
         request = part.request
         if not self._prefix_caching or request.state_row == NO_STATE_ROW:
             return
-        num_full = min(part.stop, request.num_known_tokens) // self._blocks.block_size
+        # Readmitted in the very next step, it has new blocks, computed so far and no farther.
+        num_tokens = min(part.stop, request.num_known_tokens, request.num_computed_tokens)
+        num_full = num_tokens // self._blocks.block_size
         first = part.start // self._blocks.block_size
         hashes = self._hashes(request, num_full)
         for index in range(first, num_full):
@@ -120,7 +123,7 @@ class Scheduler:
         for root in self._roots.pop(digest, ()):
             self._blocks.forget(root)
 
-    def _plan_running(self, request: Request, budget: "_Budget") -> None:
+    def _plan_running(self, request: Request, budget: "_Budget", now: float) -> None:
         """Give a running request its tokens, preempting the newest ones if blocks run out."""
         if request.state_row == NO_STATE_ROW:  # preempted by one planned before it
             return
@@ -129,23 +132,34 @@ class Scheduler:
             return
         while not self._blocks.grow(request.block_table, request.num_computed_tokens + num_tokens):
             victim = self.running[-1]
-            self._preempt(victim, budget)
+            self._preempt(victim, budget, now)
             if victim is request:
                 return
         self._give(request, num_tokens, budget)
 
     def _admit(self, budget: "_Budget", now: float) -> None:
-        oldest = self.waiting.oldest()
-        if oldest is not None and now - oldest.arrival_time > self._config.max_wait_s:
-            while not self._try_admit(oldest, budget, now):
-                if budget.remaining == 0 or oldest.num_pending or self._is_loading(oldest):
-                    break  # it needs nobody's place, only time
-                if not self._make_way(oldest, budget, now):
-                    return  # nobody younger overtakes it
+        """Let waiting requests in: one whose adapter had no turn for max_wait_s first, then in turn."""
+        overdue = self._find_overdue(now)
+        while overdue is not None:
+            is_in = self._try_admit(overdue, budget, now)
+            only_needs_time = (
+                budget.remaining == 0 or overdue.num_pending or self._is_loading(overdue)
+            )
+            if is_in or only_needs_time:
+                overdue = None
+            elif not self._make_way(overdue, budget, now):
+                break
         for request in self.waiting.candidates():
             if budget.remaining == 0 or not self._free_rows:
                 return
-            self._try_admit(request, budget, now)
+            if overdue is None or _may_overtake(request, overdue):
+                self._try_admit(request, budget, now)
+
+    def _find_overdue(self, now: float) -> Request | None:
+        request = self.waiting.most_overdue()
+        if request is None or now - self.waiting.waiting_since(request) <= self._config.max_wait_s:
+            return None
+        return request
 
     def _try_admit(self, request: Request, budget: "_Budget", now: float) -> bool:
         """Move a waiting request into the step, if its adapter, a row and blocks are there."""
@@ -166,7 +180,7 @@ class Scheduler:
         return True
 
     def _start(self, request: Request, num_cached: int, now: float) -> None:
-        self.waiting.remove(request)
+        self.waiting.admit(request, now)
         self.running.append(request)
         request.state_row = self._free_rows.pop()
         request.num_computed_tokens = num_cached
@@ -202,36 +216,65 @@ class Scheduler:
         return hashes
 
     def _make_way(self, request: Request, budget: "_Budget", now: float) -> bool:
-        """Preempt for a request that has waited too long: one that has had its turn, of another adapter.
+        """Take something from another adapter's requests for one that has waited too long.
 
-        False if nobody has had a turn of max_wait_s yet: then it waits for that.
+        First the leases of those that wait too, then a place in the step from one that has had its
+        turn. False if nobody has yet: then the request waits for it.
         """
-        had_turn = [
-            other
-            for other in self.running
-            if other.fairness_key != request.fairness_key
-            and now - other.admitted_time > self._config.max_wait_s
-        ]
-        if not had_turn:
+        if _lacks_bank(request) and self._take_idle_leases(request):
+            return True
+        victims = [other for other in self.running if self._had_turn(other, request, now)]
+        if _lacks_bank(request):  # only adapters that nobody else runs on leave the bank
+            kept = {other.fairness_key for other in self.running if other not in victims}
+            victims = [v for v in victims if v.adapter is not None and v.fairness_key not in kept]
+        if not victims:
             return False
-        victim = max(had_turn, key=lambda other: self.waiting.served(other.fairness_key))
-        self._preempt(victim, budget)
+        victim = max(victims, key=lambda other: self.waiting.served(other.fairness_key))
+        self._preempt(victim, budget, now)
         return True
+
+    def _had_turn(self, other: Request, request: Request, now: float) -> bool:
+        """Whether a running request may give way: it has had max_wait_s, and its prompt behind it.
+
+        (A prompt that takes longer than that would otherwise never be done.)
+        """
+        is_other = other.fairness_key != request.fairness_key
+        has_prompt_behind = other.num_uncomputed_tokens <= 1
+        return (
+            is_other and has_prompt_behind and now - other.admitted_time > self._config.max_wait_s
+        )
+
+    def _take_idle_leases(self, request: Request) -> bool:
+        """Release the ready adapters that other waiting requests hold; False if there are none."""
+        idle = [
+            other
+            for other in self.waiting
+            if other.holds_adapter
+            and other.fairness_key != request.fairness_key
+            and not self._is_loading(other)
+        ]
+        for other in idle:
+            self._release_adapter(other)
+        return bool(idle)
 
     def _is_loading(self, request: Request) -> bool:
         return request.holds_adapter and not self._adapters.is_ready(request.fairness_key)
 
     def _give(self, request: Request, num_tokens: int, budget: "_Budget") -> None:
         budget.give(request, num_tokens)
+        self._charge(request, num_tokens)
+
+    def _charge(self, request: Request, num_tokens: int) -> None:
         is_decode = request.num_uncomputed_tokens == 1
         self.waiting.charge(request.fairness_key, num_tokens, is_decode=is_decode)
 
-    def _preempt(self, request: Request, budget: "_Budget") -> None:
+    def _preempt(self, request: Request, budget: "_Budget", now: float) -> None:
         """Send a running request back to the queue; it recomputes what it loses."""
-        budget.take_back(request)
+        self._charge(request, -budget.take_back(request))
         self.running.remove(request)
         self._release(request)
         request.num_computed_tokens = 0
+        request.queued_time = now
         self.num_preemptions += 1
         self.waiting.push(request)
 
@@ -241,13 +284,17 @@ class Scheduler:
             self._free_rows.append(request.state_row)
             request.state_row = NO_STATE_ROW
         if request.holds_adapter:
-            assert request.adapter is not None
-            request.holds_adapter = False
-            self._adapters.release(request.adapter.digest)
+            self._release_adapter(request)
+
+    def _release_adapter(self, request: Request) -> None:
+        assert request.adapter is not None
+        request.holds_adapter = False
+        self._adapters.release(request.adapter.digest)
 
     def _launch(self, budget: "_Budget") -> Plan:
         """Turn counts into parts, and count their tokens as computed from here on."""
-        decodes, chunks = [], []
+        decodes: list[Scheduled] = []
+        chunks: list[Scheduled] = []
         for request, num_tokens in budget.given.items():
             start = request.num_computed_tokens
             is_decode = request.num_uncomputed_tokens == 1 and start >= len(request.prompt_ids)
@@ -270,5 +317,20 @@ class _Budget:
         self.given[request] = num_tokens
         self.remaining -= num_tokens
 
-    def take_back(self, request: Request) -> None:
-        self.remaining += self.given.pop(request, 0)
+    def take_back(self, request: Request) -> int:
+        num_tokens = self.given.pop(request, 0)
+        self.remaining += num_tokens
+        return num_tokens
+
+
+def _lacks_bank(request: Request) -> bool:
+    """Whether a request waits for room in the bank, not yet for its load."""
+    return request.adapter is not None and not request.holds_adapter
+
+
+def _may_overtake(request: Request, overdue: Request) -> bool:
+    """Whether letting a younger request in keeps nothing from one that waits for room.
+
+    It waits for the bank: then a request of the base may. It waits for blocks or a row: nobody may.
+    """
+    return _lacks_bank(overdue) and request.adapter is None

@@ -18,6 +18,7 @@ import torch
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_MAX_SHARED_PER_BLOCK_OPTIN = 97  # CUdevice_attribute
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -112,6 +113,17 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have on this device, static and dynamic."""
+    value = ctypes.c_int()
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+    _check(
+        _driver().cuDeviceGetAttribute(ctypes.byref(value), _MAX_SHARED_PER_BLOCK_OPTIN, ordinal),
+        "asking for the shared memory limit",
+    )
+    return value.value
+
+
 def compiled(source: str, arch: str, options: tuple[str, ...] = ()) -> bytes:
     """Compile to a cubin, or take it from the disk; RuntimeError with NVRTC's log if it fails."""
     arguments = (f"--gpu-architecture={arch}", "--std=c++17", *options)
@@ -179,6 +191,8 @@ def _nvrtc_version() -> tuple[int, int]:
 def _nvrtc() -> ctypes.CDLL:
     for name in _nvrtc_candidates():
         try:
+            for builtins in Path(name).parent.glob("libnvrtc-builtins.so.[0-9]*"):
+                ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
             return ctypes.CDLL(name)
         except OSError:
             continue

@@ -63,10 +63,14 @@ def test_an_object_holds_pefts_tensors_bit_for_bit(
 
 
 def test_an_object_carries_its_manifest_and_aligned_tensors(
-    write_folder: WriteFolder, stage: Callable[..., StagedObject]
+    write_folder: WriteFolder, store: Store
 ) -> None:
-    odd = np.full((2, 8), 1.0, np.float16)
-    staged = stage(write_folder(tensors={f"{Q0}.lora_A.weight": odd}))
+    base = BaseShape(name="b", digest="d", num_layers=2, linears={"self_attn.q_proj": (3, 3)})
+    tensors: dict[str, Any] = {}
+    for q in (Q0, Q0.replace(".0.", ".1.")):
+        tensors[f"{q}.lora_A.weight"] = np.ones((1, 3), np.float16)  # 6 bytes
+        tensors[f"{q}.lora_B.weight"] = np.ones((3, 1), np.float32)
+    staged = store.stage(write_folder(tensors=tensors, r=1), base, Limits())
 
     manifest, tensors = read_object(staged.path)
 
@@ -76,7 +80,7 @@ def test_an_object_carries_its_manifest_and_aligned_tensors(
     for tensor in tensors.values():
         assert tensor.start % (2 if tensor.dtype == "F16" else 4) == 0
     with safe_open(staged.path, "np") as file:
-        assert json.loads(file.metadata()["manifest"])["modules"][0]["scaling"] == 2.0
+        assert json.loads(file.metadata()["manifest"])["modules"][0]["scaling"] == 4.0
 
 
 @pytest.mark.parametrize("suffix", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])

@@ -58,7 +58,7 @@ def test_no_order_of_requests_passes_a_bound(moves: list[tuple[str, int, bool]])
 def test_a_request_too_many_is_refused_until_another_ends(
     tiny_base: Path, tmp_path: Path, per_tenant: int, status: int
 ) -> None:
-    limits = {"max_waiting": 2, "max_waiting_per_tenant": per_tenant}
+    limits: dict[str, Any] = {"max_waiting": 2, "max_waiting_per_tenant": per_tenant}
     with serving(tiny_base, tmp_path / "store", **limits) as server:
         server.loop.call_soon_threadsafe(server.engine.gate.clear)
         server.engine.scripts += [Script([5]), Script([5])]

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
@@ -15,19 +15,28 @@ import pytest
 from server.errors import ServeError
 from tests.server.api.harness import BASE, Script, Server, serving, wait_until
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CHAT: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "hello"}]}
 
 
 def test_an_unknown_model_is_not_found_and_the_base_does_not_answer(server: Server) -> None:
-    for create in (
-        lambda c: c.chat.completions.create(model="no-such", messages=CHAT["messages"]),
-        lambda c: c.completions.create(model="no-such@1", prompt="x"),
-        lambda c: c.models.retrieve("no-such"),
-    ):
+    client = server.client()
+    creates: list[Callable[[], Any]] = [
+        lambda: client.chat.completions.create(model="no-such", messages=CHAT["messages"]),
+        lambda: client.completions.create(model="no-such@1", prompt="x"),
+        lambda: client.models.retrieve("no-such"),
+    ]
+    for create in creates:
         with pytest.raises(openai.NotFoundError) as caught:
-            create(server.client())
+            create()
         error = caught.value
-        assert (error.param, error.code, error.type) == ("model", "model_not_found", "NotFoundError")
+        assert (error.param, error.code, error.type) == (
+            "model",
+            "model_not_found",
+            "NotFoundError",
+        )
     assert server.engine.requests == []
     assert server.services.admission.num_admitted == 0
 
@@ -114,7 +123,7 @@ def test_a_failure_before_the_first_token_is_a_status(server: Server, stream: bo
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_event_and_then_done(
     server: Server,
 ) -> None:
-    server.engine.scripts.append(Script(server.ids("hello"), fail_after=1))
+    server.engine.scripts.append(Script(server.ids("hello over there"), fail_after=2))
     reply = server.http().post("/v1/chat/completions", json=CHAT | {"stream": True})
     assert reply.status_code == 200
     *_, error, done, nothing = reply.text.split("\n\n")
@@ -125,7 +134,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_an_error_event_and_then_done(
 
 
 def test_the_official_client_raises_what_a_broken_stream_says(server: Server) -> None:
-    server.engine.scripts.append(Script(server.ids("hello"), fail_after=1))
+    server.engine.scripts.append(Script(server.ids("hello over there"), fail_after=2))
     stream = server.client().chat.completions.create(**CHAT, stream=True)
     with pytest.raises(openai.APIError, match=r"The engine died\."):
         list(stream)
@@ -189,12 +198,13 @@ def test_a_reader_that_stops_reading_is_dropped_and_what_waits_for_it_is_bounded
     tiny_base: Path, tmp_path: Path
 ) -> None:
     with serving(tiny_base, tmp_path / "store", stall_s=0.3) as server:
-        longest = max(range(300), key=lambda i: len(server.codec.piece(i)))
-        server.engine.scripts.append(Script([longest] * 2000, None, tokens_at_once=1))
-        body = json.dumps(CHAT | {"stream": True, "logprobs": True, "top_logprobs": 5}).encode()
+        server.engine.scripts += [Script([5] * 2000, None) for _ in range(4)]
+        more_than_sockets_hold = {"n": 4, "logprobs": True, "top_logprobs": 20}
+        body = json.dumps(CHAT | {"stream": True} | more_than_sockets_hold).encode()
         connection = _post(server, body, receive_buffer=4096)
         wait_until(lambda: server.engine.aborted != [], 10.0)
         wait_until(lambda: server.services.admission.num_admitted == 0, 2.0)
+        wait_until(lambda: not server.connections, 2.0)  # though nothing was read
         received = _read_to_end(connection)
         assert b"[DONE]" not in received
         assert not server.services._running
@@ -231,9 +241,7 @@ def test_a_drain_lets_running_streams_finish_and_refuses_new_work(server: Server
     assert server.engine.aborted == []
 
 
-def test_stragglers_are_told_when_the_grace_period_is_over(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_stragglers_are_told_when_the_grace_period_is_over(tiny_base: Path, tmp_path: Path) -> None:
     with serving(tiny_base, tmp_path / "store", drain_s=0.2) as server:
         server.engine.scripts += [Script([5, 6], None, delay_s=0.01), Script([], None)]
         replies: list[httpx.Response] = []
@@ -248,7 +256,7 @@ def test_stragglers_are_told_when_the_grace_period_is_over(
         threads = [threading.Thread(target=post, args=(stream,)) for stream in (True, False)]
         for number, thread in enumerate(threads, start=1):
             thread.start()
-            wait_until(lambda number=number: len(server.engine.requests) == number)  # type: ignore[misc]
+            wait_until(lambda number=number: len(server.engine.requests) == number)
         time.sleep(0.1)  # until the stream has begun
         server.run(server.services.drain())
         for thread in threads:

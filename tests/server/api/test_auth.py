@@ -1,6 +1,7 @@
 """API keys: files, scopes, and who may listen where."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_a_keys_file_is_read_back_with_comments_and_blank_lines(tmp_path: Path) 
 @pytest.mark.parametrize(
     "line",
     [
-        "{", "[]", '{"name": "a"}', '{"name": "", "sha256": "%s", "scopes": ["infer"]}' % ("0" * 64),
+        "{", "[]", '{"name": "a"}',
+        '{"name": "", "sha256": "%s", "scopes": ["infer"]}' % ("0" * 64),
         '{"name": "a", "sha256": "00", "scopes": ["infer"]}',
         '{"name": "a", "sha256": "%s", "scopes": []}' % ("0" * 64),
         '{"name": "a", "sha256": "%s", "scopes": ["root"]}' % ("0" * 64),
@@ -102,9 +104,9 @@ def secrets(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def locked(tiny_base: Path, tmp_path: Path, secrets: dict[str, str]) -> "pytest.FixtureRequest":
+def locked(tiny_base: Path, tmp_path: Path, secrets: dict[str, str]) -> Iterator[Server]:
     with serving(tiny_base, tmp_path / "store", api_keys=tmp_path / "keys") as handle:
-        yield handle  # type: ignore[misc]
+        yield handle
 
 
 def test_every_route_but_the_operational_ones_wants_a_key(locked: Server) -> None:

@@ -6,7 +6,7 @@ import math
 import openai
 import pytest
 
-from tests.server.api.harness import BASE, EOS, MAX_MODEL_LEN, Script, Server
+from tests.server.api.harness import BASE, EOS, MAX_MODEL_LEN, Script, Server, wait_until
 
 HELLO = [{"role": "user", "content": "hello there"}]
 PROMPT = "<s>[user]hello there[assistant]"
@@ -123,9 +123,7 @@ def test_the_client_s_stream_helper_puts_the_message_together(server: Server) ->
 
 def test_tokens_that_come_at_once_make_one_event(server: Server) -> None:
     server.say("the quick brown fox", tokens_at_once=100)
-    chunks = list(
-        server.client().chat.completions.create(model=BASE, messages=HELLO, stream=True)
-    )
+    chunks = list(server.client().chat.completions.create(model=BASE, messages=HELLO, stream=True))
     texts = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
     assert texts == ["the quick brown fox"]
 
@@ -133,9 +131,7 @@ def test_tokens_that_come_at_once_make_one_event(server: Server) -> None:
 def test_a_character_of_several_tokens_comes_when_it_is_whole(server: Server) -> None:
     text = "naïve 😀 end"
     server.say(text)
-    chunks = list(
-        server.client().chat.completions.create(model=BASE, messages=HELLO, stream=True)
-    )
+    chunks = list(server.client().chat.completions.create(model=BASE, messages=HELLO, stream=True))
     texts = [c.choices[0].delta.content or "" for c in chunks]
     assert "".join(texts) == text
     assert not any("\ufffd" in part for part in texts)
@@ -170,6 +166,26 @@ def test_a_stop_string_ends_the_text_before_it_and_aborts_the_rest(
     used = next(n for n, end in enumerate(ends) if "wn fo" in end)
     assert usage.completion_tokens == used
     assert server.engine.aborted == [server.engine.requests[0].request_id]
+
+
+def test_a_choice_that_stops_is_aborted_while_another_goes_on(server: Server) -> None:
+    server.say("the quick brown fox jumps")
+    server.say("once upon a time there was", finish=None)
+    stream = server.client().chat.completions.create(
+        model=BASE, messages=HELLO, n=2, stop=["fox"], stream=True
+    )
+    wait_until(lambda: server.engine.aborted == [server.engine.requests[0].request_id])
+    assert server.services.admission.num_admitted == 2
+    stream.close()
+
+
+def test_logprobs_end_with_the_token_that_completed_the_stop_string(server: Server) -> None:
+    server.say("the quick brown fox jumps", tokens_at_once=100)
+    reply = server.client().chat.completions.create(
+        model=BASE, messages=HELLO, stop=["fox"], logprobs=True
+    )
+    assert len(reply.choices[0].logprobs.content) == reply.usage.completion_tokens
+    assert "jump" not in "".join(entry.token for entry in reply.choices[0].logprobs.content)
 
 
 def test_a_stop_string_within_min_tokens_is_text_like_any_other(server: Server) -> None:

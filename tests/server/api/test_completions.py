@@ -28,7 +28,7 @@ def test_sixteen_tokens_are_the_default_and_fewer_where_the_context_ends(server:
     [("fox", 1), (["fox", "dog"], 2), ([5, 6], 1), ([[5, 6], [7]], 2)],
 )
 def test_every_form_of_prompt_is_taken(server: Server, prompt: object, num_prompts: int) -> None:
-    reply = server.client().completions.create(model=BASE, prompt=prompt, max_tokens=1)  # type: ignore[call-overload]
+    reply = server.client().completions.create(model=BASE, prompt=prompt, max_tokens=1)
     assert [c.index for c in reply.choices] == list(range(num_prompts))
 
 

@@ -1,0 +1,216 @@
+"""`turnout bench`: the engine without HTTP, beside transformers + PEFT in the same run.
+
+Every figure is a median over rounds, and the two systems take turns within a round, so that what
+else the machine does strikes both. Random weights serve: speed does not depend on values.
+"""
+
+import json
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from adapters.manifest import BaseShape
+from adapters.registry import Registry
+from server.bench_baseline import PeftBaseline
+from server.bench_timing import Timing
+from server.bench_workload import ADAPTER_RANK, save_random_adapter
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.engine.build import build_engine
+from server.engine.engine import Engine
+from server.engine.request import AdapterRef, Request, SamplingParams
+from server.model.spec import read_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What to measure."""
+
+    model: ModelConfig
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    num_adapters: int = 8
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    rounds: int = 3
+    baseline: bool = True
+    json_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured case, medians over rounds, in tokens per second over the whole batch."""
+
+    system: str  # turnout, or transformers + PEFT
+    adapters: str  # base, one adapter, 8 mixed
+    batch: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    total_tok_s: float  # generated tokens over the whole time
+
+
+class TurnoutSystem:
+    """Our engine, driven in this process."""
+
+    name = "turnout"
+
+    def __init__(self, options: BenchOptions, folders: list[Path], store: Path) -> None:
+        bank_rows = max(512, 2 * ADAPTER_RANK * len(folders))
+        config = Config(
+            model=options.model,
+            cache=CacheConfig(prefix_caching=False),
+            adapters=AdapterConfig(store=store, bank_rows=bank_rows),
+        )
+        shape = BaseShape.from_config(options.model.path, options.model.name, "bench")
+        registry = Registry.open(store, shape)
+        revisions = [registry.push(f"a{i}", folder) for i, folder in enumerate(folders)]
+        registry.close()
+        self._adapters = [AdapterRef(r.digest, r.num_rank_rows) for r in revisions]
+        self.engine, self.info = build_engine(config, lambda stage, fraction: None)
+        self._sampling = SamplingParams(
+            max_tokens=options.new_tokens, temperature=0, ignore_eos=True
+        )
+
+    def run(self, prompts: list[list[int]], choice: list[int | None]) -> Timing:
+        """Run one batch: prompts[i] through adapter choice[i], None for the base."""
+        began = time.perf_counter()
+        waiting = set()
+        for index, (prompt, chosen) in enumerate(zip(prompts, choice, strict=True)):
+            waiting.add(str(index))
+            self.engine.add(self._request(str(index), prompt, chosen))
+        prefill_s = 0.0
+        while self.engine.has_work:
+            _sleep_if_stalled(self.engine)
+            for output in self.engine.step():
+                assert output.error is None, output.error
+                waiting.discard(output.request_id)
+            if not waiting and not prefill_s:
+                prefill_s = time.perf_counter() - began
+        return Timing(prefill_s, time.perf_counter() - began)
+
+    def _request(self, request_id: str, prompt: list[int], chosen: int | None) -> Request:
+        return Request(
+            request_id=request_id,
+            prompt_ids=prompt,
+            sampling=self._sampling,
+            adapter=None if chosen is None else self._adapters[chosen],
+            tenant="",
+            arrival_time=time.monotonic(),
+            seed=0,
+        )
+
+
+def run(options: BenchOptions) -> list[Row]:
+    """Measure every case, print the table, and return its rows."""
+    console = Console()
+    spec = read_spec(options.model.path)
+    with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
+        folders = [
+            save_random_adapter(Path(scratch) / f"adapter-{i}", spec, seed=i)
+            for i in range(options.num_adapters)
+        ]
+        turnout = TurnoutSystem(options, folders, Path(scratch) / "store")
+        systems: list[TurnoutSystem | PeftBaseline] = [turnout]
+        if options.baseline:
+            systems.append(PeftBaseline(options.model, folders, options.new_tokens))
+        rows = _measure(options, systems, spec.vocab_size, console)
+    _print(rows, options, turnout, console)
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return rows
+
+
+def _measure(
+    options: BenchOptions,
+    systems: list[TurnoutSystem | PeftBaseline],
+    vocab_size: int,
+    console: Console,
+) -> list[Row]:
+    cases = [
+        (label, batch, choice)
+        for batch in options.batch_sizes
+        for label, choice in _choices(batch, options.num_adapters).items()
+    ]
+    random_ = random.Random(0)
+    timings: dict[tuple[str, str, int], list[Timing]] = {}
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("measuring", total=len(cases) * (options.rounds + 1) * len(systems))
+        for round_ in range(options.rounds + 1):
+            for label, batch, choice in cases:
+                prompts = [
+                    [random_.randrange(3, vocab_size) for _ in range(options.prompt_tokens)]
+                    for _ in range(batch)
+                ]
+                for system in systems:
+                    timing = system.run(prompts, choice)
+                    if round_:  # the first round warms up
+                        timings.setdefault((system.name, label, batch), []).append(timing)
+                    progress.advance(bar)
+    return [_row(*case, found, options) for case, found in timings.items()]
+
+
+def _choices(batch: int, num_adapters: int) -> dict[str, list[int | None]]:
+    """Which adapter each request of a batch names."""
+    choices: dict[str, list[int | None]] = {"base": [None] * batch, "one adapter": [0] * batch}
+    if batch > 1:
+        count = min(batch, num_adapters)
+        choices[f"{count} mixed"] = [index % count for index in range(batch)]
+    return choices
+
+
+def _row(
+    system: str, label: str, batch: int, timings: list[Timing], options: BenchOptions
+) -> Row:
+    def median(value_of_each: list[float]) -> float:
+        return round(statistics.median(value_of_each), 1)
+
+    decoded = batch * (options.new_tokens - 1)
+    return Row(
+        system,
+        label,
+        batch,
+        median([batch * options.prompt_tokens / t.prefill_s for t in timings]),
+        median([decoded / (t.total_s - t.prefill_s) for t in timings]),
+        median([batch * options.new_tokens / t.total_s for t in timings]),
+    )
+
+
+def _print(
+    rows: list[Row], options: BenchOptions, turnout: TurnoutSystem, console: Console
+) -> None:
+    info = turnout.info
+    table = Table(
+        title=f"{options.model.name}, {info.quantization}, {info.device} {info.dtype}, "
+        f"{torch.get_num_threads()} threads: tokens per second, "
+        f"{options.prompt_tokens} in, {options.new_tokens} out"
+    )
+    for column in ("adapters", "batch"):
+        table.add_column(column)
+    for column in ("prefill", "decode", "total", "PEFT prefill", "PEFT decode", "PEFT total", "ratio"):
+        table.add_column(column, justify="right")
+    of_peft = {(row.adapters, row.batch): row for row in rows if row.system != turnout.name}
+    for row in rows:
+        if row.system != turnout.name:
+            continue
+        cells = [row.adapters, str(row.batch), *_cells(row)]
+        peft = of_peft.get((row.adapters, row.batch))
+        if peft is not None:
+            cells += [*_cells(peft), f"{row.total_tok_s / peft.total_tok_s:.1f}x"]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _cells(row: Row) -> list[str]:
+    return [f"{v:,.0f}" for v in (row.prefill_tok_s, row.decode_tok_s, row.total_tok_s)]
+
+
+def _sleep_if_stalled(engine: Engine) -> None:
+    """Leave the loader thread the machine while nothing can run."""
+    if engine.is_stalled:
+        time.sleep(0.001)

@@ -1,0 +1,376 @@
+"""LoRA on the GPU for a batch whose tokens use different adapters, at each adapter's true rank.
+
+An adapter holds pages of `PAGE_ROWS` rows of the banks, anywhere in them. What a step needs to know
+is made once on the host and lies in static device buffers (`LoraGpuStep`), so captured graphs read
+the numbers of the step in which they are replayed. A token's result does not depend on its
+neighbours; steps of up to `DECODE_TOKENS` tokens and longer ones sum in different orders.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from server.kernels.nf4_linear import SplitK
+from server.kernels.nvrtc import Kernel, Module, architecture, compiled
+
+PAGE_ROWS = 8
+DECODE_TOKENS = 64  # up to here tiles of 16 tokens and inputs split between blocks, past it neither
+NO_ADAPTER = -1
+NO_GAIN = -1
+MAX_SUBLINEARS = 4
+
+_DECODE_TILE = 16
+_PREFILL_TILE = 64
+_HOST_BUFFERS = (
+    3  # a copy of an earlier step may still be under way when the next step is filled in
+)
+_MAX_BLOCKS = 1600
+_KERNELS = Path(__file__).parent
+
+
+class LoraGpuStep:
+    """Which token uses which adapter in one step, where the kernels read it.
+
+    Filling it changes no address. `header` bounds everything else, so what an earlier, larger step
+    left behind is never read.
+
+    header       [4]                     tiles with an adapter, all tiles, shrink items, 0
+    tiles        [max_tiles, 4]          first position in token_order, tokens, adapter, 0
+    items        [max_items, 2]          tile, first page of its adapter that the item is for
+    token_order  [max_tokens]            tokens by adapter, those without one last
+    page_table   [max_adapters, max_pages]
+    num_pages    [max_adapters]
+    gain_row     [max_adapters]          bank row with DoRA's gain - 1 for every output, or NO_GAIN
+    """
+
+    def __init__(
+        self, *, max_tokens: int, max_adapters: int, max_pages: int, device: torch.device
+    ) -> None:
+        self.max_tokens, self.max_adapters, self.max_pages = max_tokens, max_adapters, max_pages
+        self.max_tiles = max(
+            min(max_tokens, DECODE_TOKENS), max_adapters + max_tokens // _PREFILL_TILE + 2
+        )
+        self.max_items = self.max_tiles * max_pages
+        sizes = {
+            "header": 4,
+            "tiles": 4 * self.max_tiles,
+            "items": 2 * self.max_items,
+            "page_table": max_adapters * max_pages,
+            "num_pages": max_adapters,
+            "gain_row": max_adapters,
+            "token_order": max_tokens,
+        }
+        total = sum(sizes.values())
+        self.device_buffer = torch.zeros(total, dtype=torch.int32, device=device)
+        self._host_buffers = [
+            torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
+            for _ in range(_HOST_BUFFERS)
+        ]
+        self._next_host_buffer = 0
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for name, size in sizes.items():
+            self._offsets[name] = offset
+            offset += size
+
+    def fill(
+        self,
+        adapter_of_token: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        gain_rows: Sequence[int],
+    ) -> None:
+        """Describe the next step; the copy to the device is queued on the current stream.
+
+        adapter_of_token  index into `pages` for each token (padding too), or NO_ADAPTER
+        pages             each distinct adapter's pages in the banks, in the order of its rank rows
+        gain_rows         each distinct adapter's bank row with DoRA's gain - 1, or NO_GAIN
+        """
+        assert len(adapter_of_token) <= self.max_tokens, "too many tokens for this step"
+        assert len(pages) <= self.max_adapters, "too many adapters for this step"
+        host = self._host_buffers[self._next_host_buffer]
+        self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
+        used = self._write(host.numpy(), np.asarray(adapter_of_token, np.int32), pages, gain_rows)
+        self.device_buffer[:used].copy_(host[:used], non_blocking=True)
+
+    def view(self, name: str) -> torch.Tensor:
+        """One of the parts named above, flat, on the device."""
+        starts = sorted([*self._offsets.values(), self.device_buffer.numel()])
+        start = self._offsets[name]
+        return self.device_buffer[start : starts[starts.index(start) + 1]]
+
+    def addresses(self) -> tuple[int, ...]:
+        """Device addresses in the order of the kernels' `Step`."""
+        base = self.device_buffer.data_ptr()
+        names = ("header", "tiles", "items", "token_order", "page_table", "num_pages", "gain_row")
+        return tuple(base + 4 * self._offsets[name] for name in names)
+
+    def _write(
+        self,
+        buffer: np.ndarray,
+        adapters: np.ndarray,
+        pages: Sequence[Sequence[int]],
+        gain_rows: Sequence[int],
+    ) -> int:
+        """Write a step into a host buffer; returns how much of it, from the front, to copy."""
+        num_tokens = len(adapters)
+        is_decode = num_tokens <= DECODE_TOKENS
+        tile_tokens, item_pages = (_DECODE_TILE, 1) if is_decode else (_PREFILL_TILE, 2)
+        order = np.argsort(np.where(adapters < 0, len(pages), adapters), kind="stable")
+        counts = np.bincount(adapters[adapters >= 0], minlength=len(pages)).tolist()
+        tiles: list[tuple[int, int, int, int]] = []
+        items: list[tuple[int, int]] = []
+        first = 0
+        for adapter, count in enumerate(counts):
+            for start in range(first, first + count, tile_tokens):
+                length = min(tile_tokens, first + count - start)
+                items += [(len(tiles), page) for page in range(0, len(pages[adapter]), item_pages)]
+                tiles.append((start, length, adapter, 0))
+            first += count
+        num_lora_tiles = len(tiles)
+        tiles += [
+            (start, min(tile_tokens, num_tokens - start), NO_ADAPTER, 0)
+            for start in range(first, num_tokens, tile_tokens)
+        ]
+        offsets = self._offsets
+        buffer[:4] = (num_lora_tiles, len(tiles), len(items), 0)
+        _put(buffer, offsets["tiles"], tiles)
+        _put(buffer, offsets["items"], items)
+        for adapter, own in enumerate(pages):
+            _put(buffer, offsets["page_table"] + adapter * self.max_pages, own)
+        _put(buffer, offsets["num_pages"], [len(own) for own in pages])
+        _put(buffer, offsets["gain_row"], gain_rows)
+        _put(buffer, offsets["token_order"], order)
+        return offsets["token_order"] + num_tokens
+
+
+def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Tensor:
+    """Project each token down to the rank of its own adapter.
+
+        h[:, t, s, j].sum(0) = x[t] @ a_bank[row j of t's adapter, s]
+
+    x        [num_tokens, in]                   bf16; num_tokens as the step was filled
+    a_bank   [num_bank_rows, sublinears, in]    bf16; the first two strides are free
+    returns  [slices, num_tokens, sublinears, max_pages * PAGE_ROWS]  fp32, in parts over the
+             inputs; only what belongs to a token's own adapter is written
+    """
+    num_tokens, in_features = x.shape
+    is_decode = num_tokens <= DECODE_TOKENS
+    slice_in = _slice_in(in_features) if is_decode else in_features
+    slices, sublinears = -(-in_features // slice_in), a_bank.shape[1]
+    assert x.dtype == a_bank.dtype == torch.bfloat16, "x and the bank are bf16"
+    assert x.stride(1) == a_bank.stride(2) == 1, "rows of x and of the bank are contiguous"
+    width = step.max_pages * PAGE_ROWS
+    h = torch.empty((slices, num_tokens, sublinears, width), device=x.device)
+    blocks = min(step.max_items, max(1, _MAX_BLOCKS // (slices * sublinears)))
+    kernels = _kernels(x.device)
+    kernels.shrink[is_decode](
+        (blocks, sublinears, slices),
+        kernels.device_index,
+        *step.addresses(),
+        step.max_pages,
+        num_tokens,
+        x.data_ptr(),
+        a_bank.data_ptr(),
+        h.data_ptr(),
+        x.stride(0),
+        a_bank.stride(0),
+        a_bank.stride(1),
+        in_features,
+        slice_in,
+    )
+    return h
+
+
+def expand(
+    y: torch.Tensor,
+    h: torch.Tensor,
+    b_bank: torch.Tensor,
+    out_splits: tuple[int, ...],
+    step: LoraGpuStep,
+) -> None:
+    """Add to each row of `y`, in place, what the row's own adapter adds.
+
+        y[t, c] += h[:, t, s(c), j].sum(0) @ b_bank[row j of t's adapter, c]
+        y[t, c] += y[t, c] * b_bank[gain row of t's adapter, c]
+
+    y           [num_tokens, out]      bf16
+    h           as `shrink` returns it
+    b_bank      [num_bank_rows, out]   bf16; row j is B's column j, scaling folded in
+    out_splits  outputs of each sublinear; s(c) is the one that output c is in
+    """
+    _run_expand("expand", y, h, b_bank, out_splits, step, linear=y)
+
+
+def expand_silu(
+    gate_up: torch.Tensor, h: torch.Tensor | None, b_bank: torch.Tensor, step: LoraGpuStep
+) -> torch.Tensor:
+    """What `expand` would make of `gate_up` [num_tokens, 2 * width], then silu(gate) * up."""
+    num_tokens, out_features = gate_up.shape
+    y = gate_up.new_empty((num_tokens, out_features // 2))
+    splits = (out_features // 2, out_features // 2)
+    _run_expand("expand_silu", y, h, b_bank, splits, step, linear=gate_up)
+    return y
+
+
+def finish(
+    workspace: torch.Tensor,
+    split: SplitK,
+    h: torch.Tensor | None,
+    b_bank: torch.Tensor | None,
+    out_splits: tuple[int, ...],
+    step: LoraGpuStep | None,
+    *,
+    residual: torch.Tensor | None = None,
+    with_silu: bool = False,
+) -> torch.Tensor:
+    """Finish a split-K linear: add its partial sums, LoRA, DoRA's gain and the residual in one go.
+
+    workspace  [slots, num_tokens, out]  fp32, from `nf4_linear.partial_sums`
+    split      of the same linear
+    step       None where no token has an adapter; then h and b_bank are None too
+    residual   [num_tokens, out]         bf16
+    with_silu  the linear is gate and up side by side: return silu(gate) * up
+    returns    [num_tokens, out], or [num_tokens, out / 2] with_silu; bf16
+    """
+    _, num_tokens, out_features = workspace.shape
+    columns = out_features // 2 if with_silu else out_features
+    y = torch.empty((num_tokens, columns), dtype=torch.bfloat16, device=workspace.device)
+    name = "finish_silu" if with_silu else "finish"
+    _run_expand(
+        name, y, h, b_bank, out_splits, step, workspace=workspace, split=split, residual=residual
+    )
+    return y
+
+
+def add_lora_reference(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a_bank: torch.Tensor,
+    b_bank: torch.Tensor,
+    out_splits: tuple[int, ...],
+    adapter_of_token: Sequence[int],
+    pages: Sequence[Sequence[int]],
+    gain_rows: Sequence[int],
+) -> torch.Tensor:
+    """`shrink` and `expand` in plain PyTorch: what `y` becomes, in the dtype of `y`."""
+    y = y.clone()
+    for token, adapter in enumerate(adapter_of_token):
+        if adapter == NO_ADAPTER:
+            continue
+        rows = [page * PAGE_ROWS + row for page in pages[adapter] for row in range(PAGE_ROWS)]
+        first = 0
+        for sublinear, width in enumerate(out_splits):
+            columns = slice(first, first + width)
+            h = a_bank[rows, sublinear].to(y.dtype) @ x[token].to(y.dtype)
+            y[token, columns] += h @ b_bank[rows, columns].to(y.dtype)
+            first += width
+        if gain_rows[adapter] != NO_GAIN:
+            y[token] += y[token] * b_bank[gain_rows[adapter]].to(y.dtype)
+    return y
+
+
+def kernel_source() -> str:
+    """The CUDA source; it compiles for sm_80 on."""
+    return "\n".join((_KERNELS / name).read_text() for name in ("common.cuh", "lora_gpu.cu"))
+
+
+def _slice_in(in_features: int) -> int:
+    """Inputs that one block sums in a decode step; a function of the shape alone."""
+    return 1024 if in_features <= 8192 else 2048
+
+
+def _put(buffer: np.ndarray, offset: int, values: object) -> None:
+    flat = np.asarray(values, dtype=np.int32).ravel()
+    buffer[offset : offset + flat.size] = flat
+
+
+def _run_expand(
+    name: str,
+    y: torch.Tensor,
+    h: torch.Tensor | None,
+    b_bank: torch.Tensor | None,
+    out_splits: tuple[int, ...],
+    step: LoraGpuStep | None,
+    *,
+    linear: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    split: SplitK | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    num_tokens, columns = y.shape
+    out_features = sum(out_splits)
+    assert len(out_splits) <= MAX_SUBLINEARS, "too many sublinears"
+    assert all(width % 8 == 0 for width in out_splits), "sublinears have multiples of 8 outputs"
+    assert y.is_contiguous(), "y is contiguous"
+    if step is None:
+        addresses: tuple[int, ...] = (0,) * 7
+        max_pages, max_tiles, slices, bank_stride = 0, num_tokens, 0, 0
+    else:
+        assert h is not None, "a step with adapters needs h"
+        assert b_bank is not None, "a step with adapters needs the bank"
+        addresses, max_pages, max_tiles = step.addresses(), step.max_pages, step.max_tiles
+        slices, bank_stride = h.shape[0], b_bank.stride(0)
+    is_tall = num_tokens > DECODE_TOKENS
+    blocks_x = -(-columns // 64) if is_tall else -(-columns // 256)
+    blocks_y = min(max_tiles, num_tokens, max(1, _MAX_BLOCKS // blocks_x))
+    ends = np.cumsum(out_splits).tolist()
+    kernels = _kernels(y.device)
+    kernels.expand[name, is_tall](
+        (blocks_x, blocks_y, 1),
+        kernels.device_index,
+        *addresses,
+        max_pages,
+        num_tokens,
+        _address(h),
+        _address(b_bank),
+        _address(workspace),
+        _address(linear),
+        _address(residual),
+        y.data_ptr(),
+        bank_stride,
+        out_features,
+        len(out_splits),
+        slices,
+        *(ends + [out_features] * (MAX_SUBLINEARS - len(ends))),
+        *((split.chunks_per_tile, split.num_chunks, split.num_workers) if split else (1, 1, 1)),
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Kernels:
+    """The compiled kernels of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        module = Module(compiled(kernel_source(), architecture(device)))
+        is_dependent = torch.cuda.get_device_capability(device)[0] >= 9
+        self.device_index = 0 if device.index is None else device.index
+
+        def kernel(name: str, params_format: str, threads: int) -> Kernel:
+            function = module.function(f"lora_{name}")
+            return Kernel(function, params_format, threads=threads, is_dependent=is_dependent)
+
+        step = "7P2i"
+        self.shrink = {
+            True: kernel("shrink_16", step + "3P3q2i", 256),
+            False: kernel("shrink_64", step + "3P3q2i", 256),
+        }
+        self.expand = {
+            (name, is_tall): kernel(f"{name}_{64 if is_tall else 16}", step + "6Pq3i4i3i", 128)
+            for name in ("expand", "expand_silu", "finish", "finish_silu")
+            for is_tall in (False, True)
+        }
+
+
+def _kernels(device: torch.device) -> _Kernels:
+    return _kernels_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _kernels_of(device_index: int) -> _Kernels:
+    return _Kernels(torch.device("cuda", device_index))
