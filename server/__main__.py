@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 
 from adapters.registry import Registry
 from server.adapter_admin import base_shape, limits, register_examples
-from server.api.adapters import EngineDropper, digest_names
+from server.api.residency import EngineDropper, digest_names
 from server.api.app import create_app
 from server.api.auth import check_listen
 from server.api.tokenizer import TextCodec

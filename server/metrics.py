@@ -273,7 +273,7 @@ def _count_event(series: AdapterSeries, event: AdapterEvent) -> None:
         series.bank_bytes[event.digest] = event.num_bytes
     elif event.event == "failed":
         series.loads[event.tier, "failed"] += 1
-    else:  # evicted or dropped
+    elif event.event in ("evicted", "dropped"):
         series.evictions[event.tier] += event.event == "evicted"
         if event.tier == "gpu" or event.event == "dropped":
             series.bank_bytes.pop(event.digest, None)

@@ -91,6 +91,7 @@ async def pin_adapter(request: Request) -> Response:
             await load(services, adapter.current, pinned=True)
         except ServeError:
             await asyncio.to_thread(services.registry.unpin, name)
+            unpin(services, adapter.current)
             raise
     return JSONResponse(_adapter(services, adapter))
 
@@ -183,8 +184,7 @@ async def _push(
     if body.publish:
         await follow_pin(services, body.name, before, revision)
     if body.preload:
-        await load(services, revision)
-        reply["loaded"] = True
+        reply["loaded"] = await load(services, revision)
     return JSONResponse(reply, status_code=201)
 
 

@@ -86,15 +86,19 @@ def unpin(services: Services, revision: Revision) -> None:
         services.engine.unpin_adapter(revision.digest)
 
 
-async def load(services: Services, revision: Revision, *, pinned: bool = False) -> None:
-    """Bring a revision into the bank. Raises ServeError 409 when it does not get there."""
+async def load(services: Services, revision: Revision, *, pinned: bool = False) -> bool:
+    """Bring a revision into the bank. False: there is no room now; a pinned one comes in later.
+
+    Raises ServeError 409 when it cannot be loaded, 503 without an engine.
+    """
     services.check_open()
     adapter = AdapterRef(revision.digest, revision.num_rank_rows)
     event = await services.engine.load_adapter(adapter, pinned=pinned)
-    if event.event != "loaded":
+    if event.event not in ("loaded", "postponed"):
         raise ServeError(
             409, "adapter_not_loaded", f"{revision.id} was not loaded: {event.message}"
         )
+    return event.event == "loaded"
 
 
 async def restore_pins(services: Services) -> None:

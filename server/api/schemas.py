@@ -281,7 +281,7 @@ class PushBody(StrictBody):
     name: str = Field(max_length=256)
     path: str = Field(min_length=1, max_length=4096)
     publish: bool = True
-    preload: bool = False  # reply once it is in the bank
+    preload: bool = False  # bring it into the bank too
 
 
 class FormBody(StrictBody):

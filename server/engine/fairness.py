@@ -69,7 +69,7 @@ class FairQueue:
     def candidates(self) -> Iterator[Request]:
         """Requests in the order in which they should be tried; removing the one in hand is allowed.
 
-        An adapter's requests after one that stays queued are not offered: they would not fit either.
+        An adapter's requests behind one that stays queued are not offered: they wait for it.
         """
         blocked: set[str] = set()
         while True:

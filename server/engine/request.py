@@ -32,7 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """Which immutable revision answers, and the bank rows it needs (true rank, gain row included)."""
+    """Which revision answers, and the bank rows it needs (its true rank, gain row included)."""
 
     digest: str
     num_rank_rows: int

@@ -138,7 +138,7 @@ class Scheduler:
         self._give(request, num_tokens, budget)
 
     def _admit(self, budget: "_Budget", now: float) -> None:
-        """Let waiting requests in: one whose adapter had no turn for max_wait_s first, then in turn."""
+        """Let waiting requests in: first one whose adapter had no turn for max_wait_s."""
         overdue = self._find_overdue(now)
         while overdue is not None:
             is_in = self._try_admit(overdue, budget, now)

@@ -17,17 +17,19 @@ from server.kernels.nf4_linear import SplitK
 from server.kernels.nvrtc import Kernel, Module, architecture, compiled
 
 PAGE_ROWS = 8
-DECODE_TOKENS = 64  # up to here tiles of 16 tokens and inputs split between blocks, past it neither
+DECODE_TOKENS = 64  # up to here small tiles throughout
+FINISH_TOKENS = 512  # up to here `finish` can be used
 NO_ADAPTER = -1
 NO_GAIN = -1
 MAX_SUBLINEARS = 4
 
-_DECODE_TILE = 16
-_PREFILL_TILE = 64
+_SMALL_TILE, _LARGE_TILE = 4, 64  # tokens of `expand`'s tiles
+_DECODE_ITEM, _PREFILL_ITEM = 16, 64  # tokens of `shrink`'s items
+_RECORD = 12
 _HOST_BUFFERS = (
     3  # a copy of an earlier step may still be under way when the next step is filled in
 )
-_MAX_BLOCKS = 1600
+_MAX_BLOCKS = 1584
 _KERNELS = Path(__file__).parent
 
 
@@ -35,32 +37,33 @@ class LoraGpuStep:
     """Which token uses which adapter in one step, where the kernels read it.
 
     Filling it changes no address. `header` bounds everything else, so what an earlier, larger step
-    left behind is never read.
+    left behind is never read. One record holds all that a block has to know.
 
-    header       [4]                     tiles with an adapter, all tiles, shrink items, 0
-    tiles        [max_tiles, 4]          first position in token_order, tokens, adapter, 0
-    items        [max_items, 2]          tile, first page of its adapter that the item is for
-    token_order  [max_tokens]            tokens by adapter, those without one last
+    header       [8]   items; small tiles with an adapter, all small ones; the same of large ones
+    items        [max_items, 4]    page, second page or -1; first position in token_order;
+                                   tokens | place of the page among the adapter's << 16
+    small_tiles  [max_small, 12]   up to 4 tokens of one adapter: the tokens; adapter or NO_ADAPTER,
+                                   its number of pages, first and second page; bank row with DoRA's
+                                   gain - 1 or NO_GAIN, tokens, first position in token_order, 0
+    large_tiles  [max_large, 12]   up to 64 tokens, likewise, without the tokens
     page_table   [max_adapters, max_pages]
-    num_pages    [max_adapters]
-    gain_row     [max_adapters]          bank row with DoRA's gain - 1 for every output, or NO_GAIN
+    token_order  [max_tokens]      tokens by adapter, those without one last
     """
 
     def __init__(
         self, *, max_tokens: int, max_adapters: int, max_pages: int, device: torch.device
     ) -> None:
         self.max_tokens, self.max_adapters, self.max_pages = max_tokens, max_adapters, max_pages
-        self.max_tiles = max(
-            min(max_tokens, DECODE_TOKENS), max_adapters + max_tokens // _PREFILL_TILE + 2
-        )
-        self.max_items = self.max_tiles * max_pages
+        few = min(max_tokens, DECODE_TOKENS)
+        self.max_small = min(max_tokens, FINISH_TOKENS)
+        self.max_large = max_adapters + 1 + max_tokens // _LARGE_TILE
+        self.max_items = max(few * max_pages, self.max_large * -(-max_pages // 2))
         sizes = {
-            "header": 4,
-            "tiles": 4 * self.max_tiles,
-            "items": 2 * self.max_items,
+            "header": 8,
+            "items": 4 * self.max_items,
+            "small_tiles": _RECORD * self.max_small,
+            "large_tiles": _RECORD * self.max_large,
             "page_table": max_adapters * max_pages,
-            "num_pages": max_adapters,
-            "gain_row": max_adapters,
             "token_order": max_tokens,
         }
         total = sum(sizes.values())
@@ -92,8 +95,8 @@ class LoraGpuStep:
         assert len(pages) <= self.max_adapters, "too many adapters for this step"
         host = self._host_buffers[self._next_host_buffer]
         self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
-        used = self._write(host.numpy(), np.asarray(adapter_of_token, np.int32), pages, gain_rows)
-        self.device_buffer[:used].copy_(host[:used], non_blocking=True)
+        self._write(host.numpy(), np.asarray(adapter_of_token, np.int32), pages, gain_rows)
+        self.device_buffer.copy_(host, non_blocking=True)
 
     def view(self, name: str) -> torch.Tensor:
         """One of the parts named above, flat, on the device."""
@@ -104,7 +107,7 @@ class LoraGpuStep:
     def addresses(self) -> tuple[int, ...]:
         """Device addresses in the order of the kernels' `Step`."""
         base = self.device_buffer.data_ptr()
-        names = ("header", "tiles", "items", "token_order", "page_table", "num_pages", "gain_row")
+        names = ("header", "items", "small_tiles", "large_tiles", "token_order", "page_table")
         return tuple(base + 4 * self._offsets[name] for name in names)
 
     def _write(
@@ -113,37 +116,69 @@ class LoraGpuStep:
         adapters: np.ndarray,
         pages: Sequence[Sequence[int]],
         gain_rows: Sequence[int],
-    ) -> int:
-        """Write a step into a host buffer; returns how much of it, from the front, to copy."""
-        num_tokens = len(adapters)
-        is_decode = num_tokens <= DECODE_TOKENS
-        tile_tokens, item_pages = (_DECODE_TILE, 1) if is_decode else (_PREFILL_TILE, 2)
-        order = np.argsort(np.where(adapters < 0, len(pages), adapters), kind="stable")
-        counts = np.bincount(adapters[adapters >= 0], minlength=len(pages)).tolist()
-        tiles: list[tuple[int, int, int, int]] = []
-        items: list[tuple[int, int]] = []
-        first = 0
-        for adapter, count in enumerate(counts):
-            for start in range(first, first + count, tile_tokens):
-                length = min(tile_tokens, first + count - start)
-                items += [(len(tiles), page) for page in range(0, len(pages[adapter]), item_pages)]
-                tiles.append((start, length, adapter, 0))
-            first += count
-        num_lora_tiles = len(tiles)
-        tiles += [
-            (start, min(tile_tokens, num_tokens - start), NO_ADAPTER, 0)
-            for start in range(first, num_tokens, tile_tokens)
-        ]
-        offsets = self._offsets
-        buffer[:4] = (num_lora_tiles, len(tiles), len(items), 0)
-        _put(buffer, offsets["tiles"], tiles)
-        _put(buffer, offsets["items"], items)
+    ) -> None:
+        num_tokens, num_adapters = len(adapters), len(pages)
+        table = np.full((num_adapters + 1, self.max_pages + 1), -1, np.int32)
         for adapter, own in enumerate(pages):
-            _put(buffer, offsets["page_table"] + adapter * self.max_pages, own)
-        _put(buffer, offsets["num_pages"], [len(own) for own in pages])
-        _put(buffer, offsets["gain_row"], gain_rows)
-        _put(buffer, offsets["token_order"], order)
-        return offsets["token_order"] + num_tokens
+            table[adapter, : len(own)] = own
+        num_pages = np.array([*map(len, pages), 0], np.int32)
+        gains = np.array([*gain_rows, NO_GAIN], np.int32)
+        ranked = np.where(adapters < 0, num_adapters, adapters)  # those without one last
+        order = np.argsort(ranked, kind="stable").astype(np.int32)
+        ends = np.cumsum(np.bincount(ranked, minlength=num_adapters + 1))
+        header = np.zeros(8, np.int32)
+
+        item_tokens, item_pages = (
+            (_DECODE_ITEM, 1) if num_tokens <= DECODE_TOKENS else (_PREFILL_ITEM, 2)
+        )
+        owner, first, count = _tiles(ends[:-1], item_tokens)
+        repeats = -(-num_pages[owner] // item_pages)
+        place = _positions(repeats) * item_pages
+        owner, first, count = (np.repeat(part, repeats) for part in (owner, first, count))
+        items = (table[owner, place], table[owner, place + 1], first, count | place << 16)
+        if item_pages == 1:
+            items = (items[0], np.full_like(place, -1), *items[2:])
+        header[0] = len(place)
+        self._put(buffer, "items", np.stack(items, axis=1))
+
+        for name, size, at, is_wanted in (
+            ("small_tiles", _SMALL_TILE, 1, num_tokens <= FINISH_TOKENS),
+            ("large_tiles", _LARGE_TILE, 3, num_tokens > DECODE_TOKENS),
+        ):
+            if not is_wanted:
+                continue
+            owner, first, count = _tiles(ends, size)
+            records = np.zeros((len(owner), _RECORD), np.int32)
+            position = np.minimum(first[:, None] + np.arange(4), num_tokens - 1)
+            records[:, :4] = order[position]
+            records[:, 4] = np.where(owner == num_adapters, NO_ADAPTER, owner)
+            records[:, 5] = num_pages[owner]
+            records[:, 6], records[:, 7] = table[owner, 0], table[owner, 1]
+            records[:, 8], records[:, 9], records[:, 10] = gains[owner], count, first
+            header[at : at + 2] = np.count_nonzero(owner < num_adapters), len(owner)
+            self._put(buffer, name, records)
+        self._put(buffer, "header", header)
+        self._put(buffer, "page_table", table[:num_adapters, : self.max_pages])
+        self._put(buffer, "token_order", order)
+
+    def _put(self, buffer: np.ndarray, name: str, values: np.ndarray) -> None:
+        offset = self._offsets[name]
+        buffer[offset : offset + values.size] = values.ravel()
+
+
+def _tiles(ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut runs of tokens, each up to its end, into tiles: their run, start and length."""
+    starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+    repeats = -(-(ends - starts) // size)
+    owner = np.repeat(np.arange(len(ends)), repeats)
+    first = starts[owner] + _positions(repeats) * size
+    return owner, first, np.minimum(size, ends[owner] - first)
+
+
+def _positions(repeats: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each of `repeats` in turn, end to end."""
+    starts: np.ndarray = np.repeat(np.cumsum(repeats) - repeats, repeats)
+    return np.subtract(np.arange(len(starts)), starts, dtype=np.int64)
 
 
 def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Tensor:
@@ -158,13 +193,14 @@ def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Te
     """
     num_tokens, in_features = x.shape
     is_decode = num_tokens <= DECODE_TOKENS
-    slice_in = _slice_in(in_features) if is_decode else in_features
+    slice_in = _slice_in(in_features)
     slices, sublinears = -(-in_features // slice_in), a_bank.shape[1]
     assert x.dtype == a_bank.dtype == torch.bfloat16, "x and the bank are bf16"
     assert x.stride(1) == a_bank.stride(2) == 1, "rows of x and of the bank are contiguous"
     width = step.max_pages * PAGE_ROWS
     h = torch.empty((slices, num_tokens, sublinears, width), device=x.device)
-    blocks = min(step.max_items, max(1, _MAX_BLOCKS // (slices * sublinears)))
+    usual_items = max(8, 2 * num_tokens)  # two pages are rank 16; a block takes more in turn
+    blocks = min(step.max_items, usual_items, max(1, _MAX_BLOCKS // (slices * sublinears)))
     kernels = _kernels(x.device)
     kernels.shrink[is_decode](
         (blocks, sublinears, slices),
@@ -190,8 +226,10 @@ def expand(
     b_bank: torch.Tensor,
     out_splits: tuple[int, ...],
     step: LoraGpuStep,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> None:
-    """Add to each row of `y`, in place, what the row's own adapter adds.
+    """Add to each row of `y`, in place, what the row's own adapter adds; other rows stay.
 
         y[t, c] += h[:, t, s(c), j].sum(0) @ b_bank[row j of t's adapter, c]
         y[t, c] += y[t, c] * b_bank[gain row of t's adapter, c]
@@ -200,8 +238,9 @@ def expand(
     h           as `shrink` returns it
     b_bank      [num_bank_rows, out]   bf16; row j is B's column j, scaling folded in
     out_splits  outputs of each sublinear; s(c) is the one that output c is in
+    residual    [num_tokens, out]      bf16; added to every row, last
     """
-    _run_expand("expand", y, h, b_bank, out_splits, step, linear=y)
+    _run_expand("expand", y, h, b_bank, out_splits, step, linear=y, residual=residual)
 
 
 def expand_silu(
@@ -231,11 +270,12 @@ def finish(
     workspace  [slots, num_tokens, out]  fp32, from `nf4_linear.partial_sums`
     split      of the same linear
     step       None where no token has an adapter; then h and b_bank are None too
-    residual   [num_tokens, out]         bf16
+    residual   [num_tokens, out]         bf16; added last
     with_silu  the linear is gate and up side by side: return silu(gate) * up
     returns    [num_tokens, out], or [num_tokens, out / 2] with_silu; bf16
     """
     _, num_tokens, out_features = workspace.shape
+    assert num_tokens <= FINISH_TOKENS, "finish is for steps of few tokens"
     columns = out_features // 2 if with_silu else out_features
     y = torch.empty((num_tokens, columns), dtype=torch.bfloat16, device=workspace.device)
     name = "finish_silu" if with_silu else "finish"
@@ -278,13 +318,8 @@ def kernel_source() -> str:
 
 
 def _slice_in(in_features: int) -> int:
-    """Inputs that one block sums in a decode step; a function of the shape alone."""
+    """Inputs that one block sums; a function of the shape alone."""
     return 1024 if in_features <= 8192 else 2048
-
-
-def _put(buffer: np.ndarray, offset: int, values: object) -> None:
-    flat = np.asarray(values, dtype=np.int32).ravel()
-    buffer[offset : offset + flat.size] = flat
 
 
 def _run_expand(
@@ -306,19 +341,23 @@ def _run_expand(
     assert all(width % 8 == 0 for width in out_splits), "sublinears have multiples of 8 outputs"
     assert y.is_contiguous(), "y is contiguous"
     if step is None:
-        addresses: tuple[int, ...] = (0,) * 7
-        max_pages, max_tiles, slices, bank_stride = 0, num_tokens, 0, 0
+        addresses: tuple[int, ...] = (0,) * 6
+        max_pages, slices, bank_stride = 0, 0, 0
     else:
         assert h is not None, "a step with adapters needs h"
         assert b_bank is not None, "a step with adapters needs the bank"
-        addresses, max_pages, max_tiles = step.addresses(), step.max_pages, step.max_tiles
+        addresses, max_pages = step.addresses(), step.max_pages
         slices, bank_stride = h.shape[0], b_bank.stride(0)
-    is_tall = num_tokens > DECODE_TOKENS
-    blocks_x = -(-columns // 64) if is_tall else -(-columns // 256)
-    blocks_y = min(max_tiles, num_tokens, max(1, _MAX_BLOCKS // blocks_x))
+    is_large = workspace is None and num_tokens > DECODE_TOKENS
+    blocks_x = -(-columns // (64 if is_large else 256))
+    if is_large:
+        tiles = num_tokens // _LARGE_TILE + 1 + (step.max_adapters if step else 0)
+    else:
+        tiles = num_tokens if step else -(-num_tokens // _SMALL_TILE)
+    blocks_y = min(tiles, max(1, _MAX_BLOCKS // blocks_x))
     ends = np.cumsum(out_splits).tolist()
     kernels = _kernels(y.device)
-    kernels.expand[name, is_tall](
+    kernels.expand[name, is_large](
         (blocks_x, blocks_y, 1),
         kernels.device_index,
         *addresses,
@@ -355,15 +394,18 @@ class _Kernels:
             function = module.function(f"lora_{name}")
             return Kernel(function, params_format, threads=threads, is_dependent=is_dependent)
 
-        step = "7P2i"
+        step = "6P2i"
         self.shrink = {
             True: kernel("shrink_16", step + "3P3q2i", 256),
             False: kernel("shrink_64", step + "3P3q2i", 256),
         }
         self.expand = {
-            (name, is_tall): kernel(f"{name}_{64 if is_tall else 16}", step + "6Pq3i4i3i", 128)
+            (name, is_large): kernel(
+                f"{name}_{'large' if is_large else 'small'}", step + "6Pq3i4i3i", 128
+            )
             for name in ("expand", "expand_silu", "finish", "finish_silu")
-            for is_tall in (False, True)
+            for is_large in (False, True)
+            if not (is_large and name.startswith("finish"))
         }
 
 

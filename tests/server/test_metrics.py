@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from server.api.exposition import render
-from server.engine.messages import AdapterEvent, EngineInfo, EngineStats, FirstToken
+from server.engine.messages import AdapterChange, AdapterEvent, EngineInfo, EngineStats, FirstToken
 from server.engine.request import Tier
 from server.metrics import ITL_BOUNDS, NUM_TOP_ADAPTERS, Histogram, Metrics
 
@@ -197,13 +197,14 @@ def test_an_adapter_has_its_own_counters(metrics: Metrics) -> None:
     assert value(samples, "turnout_tokens_total", path="adapter") == 10
 
 
-def event(name: AdapterMove, tier: Tier, digest: str = "d1", **fields: Any) -> AdapterEvent:
+def event(name: AdapterChange, tier: Tier, digest: str = "d1", **fields: Any) -> AdapterEvent:
     return AdapterEvent(digest=digest, event=name, tier=tier, **fields)
 
 
 def test_moves_between_tiers_are_counted_under_every_name_of_the_digest(metrics: Metrics) -> None:
-    metrics.on_event(event("loaded", "host", "d2", seconds=0.5))
-    metrics.on_event(event("loaded", "gpu", "d2", seconds=0.25, num_bytes=1000))
+    metrics.on_event(event("loaded", "disk", "d2", seconds=0.5, num_bytes=1000))
+    metrics.on_event(event("evicted", "gpu", "d2"))
+    metrics.on_event(event("loaded", "host", "d2", seconds=0.25, num_bytes=1000))
     metrics.on_event(event("failed", "gpu", "d2", message="full"))
     metrics.on_stats(EngineStats(resident_adapters=["d2"]))
     for name in ("two", "also-two"):
@@ -212,19 +213,29 @@ def test_moves_between_tiers_are_counted_under_every_name_of_the_digest(metrics:
             (tier, result): value(
                 samples, "turnout_adapter_loads_total", adapter=name, tier=tier, result=result
             )
-            for tier, result in (("host", "ok"), ("gpu", "ok"), ("gpu", "failed"))
+            for tier, result in (("disk", "ok"), ("host", "ok"), ("gpu", "failed"))
         }
         assert set(loads.values()) == {1}
         assert value(samples, "turnout_adapter_load_seconds_sum", adapter=name) == 0.75
         assert value(samples, "turnout_adapter_resident_bytes", adapter=name) == 1000
     metrics.on_event(event("evicted", "gpu", "d2"))
     samples = scrape(metrics)
-    assert value(samples, "turnout_adapter_evictions_total", adapter="two", tier="gpu") == 1
+    assert value(samples, "turnout_adapter_evictions_total", adapter="two", tier="gpu") == 2
     assert value(samples, "turnout_adapter_resident_bytes", adapter="two") == 0
 
 
+def test_bytes_that_leave_the_host_tier_stay_in_the_bank(metrics: Metrics) -> None:
+    metrics.on_event(event("loaded", "host", num_bytes=1000))
+    metrics.on_event(event("evicted", "host"))
+    metrics.on_event(event("postponed", "disk"))
+    metrics.on_stats(EngineStats(resident_adapters=["d1"]))
+    samples = scrape(metrics)
+    assert value(samples, "turnout_adapter_resident_bytes", adapter="one") == 1000
+    assert value(samples, "turnout_adapter_evictions_total", adapter="one", tier="host") == 1
+
+
 def test_an_engine_that_died_holds_no_bytes(metrics: Metrics) -> None:
-    metrics.on_event(event("loaded", "gpu", num_bytes=1000))
+    metrics.on_event(event("loaded", "host", num_bytes=1000))
     metrics.on_stats(EngineStats(resident_adapters=[]))
     assert value(scrape(metrics), "turnout_adapter_resident_bytes", adapter="one") == 0
 

@@ -186,6 +186,7 @@ class FakeEngine:
         self.dropped: list[str] = []
         self.unpinned: list[str] = []
         self.load_failure: str | None = None
+        self.is_full = False  # the bank
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -200,6 +201,8 @@ class FakeEngine:
                 digest=adapter.digest, event="failed", tier="gpu", message=self.load_failure
             )
         self.loaded.append((adapter, pinned))
+        if self.is_full:
+            return AdapterEvent(digest=adapter.digest, event="postponed", tier="disk")
         self.stats.resident_adapters = [*self.stats.resident_adapters, adapter.digest]
         return AdapterEvent(digest=adapter.digest, event="loaded", tier="gpu", num_bytes=10)
 

@@ -253,11 +253,20 @@ def test_a_pinned_adapter_may_be_published_while_the_engine_is_down(
 
 def test_a_pin_that_cannot_be_kept_is_taken_back_and_told(server: Server, folder: Path) -> None:
     upload(server, folder)
-    server.engine.load_failure = "the bank is full of pinned adapters"
+    server.engine.load_failure = "the object cannot be read"
     reply = server.http().post(f"/v1/adapters/{NAME}/pin")
     assert reply.status_code == 409
-    assert "the bank is full" in reply.json()["error"]["message"]
+    assert "the object cannot be read" in reply.json()["error"]["message"]
     assert server.registry.get(NAME).pinned is False
+    assert server.engine.unpinned == [server.registry.resolve(NAME).digest]
+
+
+def test_a_full_bank_postpones_and_refuses_nothing(server: Server, folder: Path) -> None:
+    server.engine.is_full = True
+    assert upload(server, folder, preload="true").json()["loaded"] is False
+    reply = server.http().post(f"/v1/adapters/{NAME}/pin")
+    assert (reply.status_code, reply.json()["pinned"]) == (200, True)
+    assert server.engine.unpinned == []
 
 
 def test_pins_are_restored_in_an_engine_that_has_started_anew(server: Server, folder: Path) -> None:

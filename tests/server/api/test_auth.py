@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from server.api.app import create_app
 from server.api.auth import ApiKey, Authenticator, check_listen, load_keys, new_key
-from server.config import ServerConfig
+from server.config import Config, ModelConfig, ServerConfig
 from server.errors import ServeError
 from tests.server.api.harness import BASE, Server, serving
 
@@ -64,6 +66,13 @@ def test_strangers_are_not_served_without_keys(host: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"server\.api_keys"):
         check_listen(ServerConfig(host=host))
     check_listen(ServerConfig(host=host, api_keys=tmp_path / "keys"))
+
+
+def test_no_application_is_built_for_strangers_without_keys(tiny_base: Path) -> None:
+    nothing: Any = None
+    config = Config(model=ModelConfig(path=tiny_base), server=ServerConfig(host="0.0.0.0"))
+    with pytest.raises(ValueError, match=r"server\.api_keys"):
+        create_app(config, nothing, nothing, nothing, nothing)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

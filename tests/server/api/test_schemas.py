@@ -194,8 +194,7 @@ def test_more_min_tokens_than_max_tokens_are_refused(info: EngineInfo) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"[]", b"5", b"null", b'{"temperature": NaN}', b'{"temperature": Infinity}',
-        b'{"temperature": 1e999}', b"\xff\xfe", b'{"a": "\\ud800"}',
+        b"", b"{", b"[]", b"5", b"null", b'{"temperature": NaN}', b'{"temperature": Infinity}', b"\xff\xfe", b'{"a": "\\ud800"}',
         b"[" * 100_000, b'{"a":' * 100_000, b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}",
     ],
 )  # fmt: skip
@@ -203,7 +202,14 @@ def test_what_is_not_json_is_refused_cleanly(server: Server, body: bytes) -> Non
     reply = server.http().post("/v1/chat/completions", content=body)
     assert reply.status_code == 400
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert reply.json()["error"]["code"] == "invalid_json"
     assert len(reply.content) < 1000
+
+
+def test_a_number_too_large_for_a_float_is_out_of_bounds(server: Server) -> None:
+    body = b'{"model": "tiny", "prompt": "a", "temperature": 1e999}'
+    reply = server.http().post("/v1/completions", content=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "temperature")
 
 
 def test_a_message_never_repeats_a_long_value(server: Server) -> None:

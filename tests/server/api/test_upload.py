@@ -1,5 +1,6 @@
 """Multipart uploads: bounded on the way, and refused where they are not an adapter's."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,24 @@ def test_an_upload_past_the_limit_is_413(server: Server, has_length: bool) -> No
     reply = server.http().post("/v1/adapters", content=content, headers=TYPE)
     assert reply.status_code == 413
     assert list((store / "uploads").iterdir()) == []
+
+
+def test_an_upload_without_end_is_refused_while_it_still_comes(server: Server) -> None:
+    small = AdapterConfig(store=server.services.config.adapters.store, max_upload_bytes=1000)
+    object.__setattr__(server.services.config, "adapters", small)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/adapters HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+            + f"content-type: {TYPE['content-type']}\r\n\r\n".encode()
+        )
+        part_of_file = part("a", b"x" * (1 << 16), "adapter_model.safetensors")
+        chunk = b"%x\r\n%s\r\n" % (len(part_of_file), part_of_file)
+        connection.sendall(chunk)
+        rest = b"%x\r\n%s\r\n" % (1 << 16, b"x" * (1 << 16))
+        for _ in range(5 << 4):
+            connection.sendall(rest)
+        assert b" 413 " in connection.recv(4096)  # though the last chunk has not been sent
 
 
 def test_a_client_that_goes_away_leaves_nothing(server: Server, tmp_path: Path) -> None:

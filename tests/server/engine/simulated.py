@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -14,11 +14,13 @@ from server.engine.adapter_cache import AdapterCache
 from server.engine.batch import build_input
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
-from server.engine.messages import RequestOutput
 from server.engine.model_runner import Sampled
 from server.engine.request import NO_STATE_ROW, AdapterRef, Request, SamplingParams
 from server.engine.scheduler import Plan, Scheduled, Scheduler
 from tests.server.engine.loading import FakeBank, HandExecutor
+
+if TYPE_CHECKING:
+    from server.engine.messages import RequestOutput
 
 VOCAB = 8
 EOS = 0
@@ -210,12 +212,16 @@ class Simulation:
 
     def load(self, *adapters: AdapterRef) -> None:
         """Bring adapters into the bank, as idle ones."""
+        self._finish_loads()
         for adapter in adapters:
             self.adapters.prefetch(adapter)
-            while self.executor.waiting:
-                self.executor.finish()
-            self.adapters.poll()
+            self._finish_loads()
             assert self.adapters.is_ready(adapter.digest)
+
+    def _finish_loads(self) -> None:
+        while self.executor.waiting:
+            self.executor.finish()
+        self.adapters.poll()
 
     def expected(self, request: Request) -> list[int]:
         """The output of a request that nothing aborts."""

@@ -11,8 +11,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from server.engine.request import AdapterRef
-from tests.server.engine.simulated import Simulation
+from server.engine.request import AdapterRef, SamplingParams
+from tests.server.engine.simulated import EOS, Simulation
 
 FEW = settings(stateful_step_count=40, deadline=None)
 MANY = settings(stateful_step_count=80, deadline=None)
@@ -135,3 +135,511 @@ def test_every_request_gets_its_own_answer_whatever_the_order_of_events() -> Non
 @pytest.mark.slow
 def test_every_request_gets_its_own_answer_over_many_orders_of_events() -> None:
     run_state_machine_as_test(SchedulerMachine, settings=settings(MANY, max_examples=1500))
+
+
+def test_a_step_mixes_decodes_with_chunks_of_prompts_within_its_budget() -> None:
+    simulation = Simulation(max_step_tokens=8, max_running=4)
+    short = simulation.add([1, 2, 3], max_tokens=8)
+    long = simulation.add(range(20), max_tokens=8)
+
+    first, second, third = simulation.step(), simulation.step(), simulation.step()
+
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert [(p.request, p.start, p.num_tokens, p.samples) for p in first.chunks] == [
+        (short, 0, 3, True),
+        (long, 0, 5, False),
+    ]
+    assert [part.request for part in second.decodes] == [short]
+    assert [(p.request, p.start, p.num_tokens) for p in second.chunks] == [(long, 5, 7)]
+    assert [(p.start, p.num_tokens, p.samples) for p in third.chunks] == [(12, 7, False)]
+
+
+def test_a_prompt_longer_than_a_step_neither_holds_up_decodes_nor_is_held_up() -> None:
+    simulation = Simulation(max_step_tokens=8, max_running=2)
+    decoding = simulation.add([1], max_tokens=30)
+    simulation.step()
+    long = simulation.add(range(21), max_tokens=1)
+
+    for _ in range(3):
+        simulation.step()
+
+    assert len(decoding.output_ids) == 4
+    assert long.is_finished
+
+
+def test_the_tokens_of_a_step_in_flight_are_planned_before_they_are_known() -> None:
+    simulation = Simulation(overlap=True)
+    request = simulation.add([1, 2, 3], max_tokens=3)
+
+    simulation.step()
+    assert (request.output_ids, request.num_pending, request.num_uncomputed_tokens) == ([], 1, 1)
+    second = simulation.step()  # launched before the first step's token is on the host
+
+    assert second is not None
+    assert [(part.start, part.num_tokens) for part in second.decodes] == [(3, 1)]
+    assert (len(request.output_ids), request.num_pending) == (1, 1)
+    simulation.run()
+    assert request.output_ids == simulation.expected(request)
+
+
+def test_no_step_is_launched_beyond_max_tokens() -> None:
+    simulation = Simulation(overlap=True)
+    request = simulation.add([1, 2, 3], max_tokens=2)
+
+    simulation.run()
+
+    assert len(simulation.runner.plans) == 2
+    assert len(request.output_ids) == 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_stops_early_frees_everything_and_its_over_run_token_is_dropped(
+    overlap: bool,
+) -> None:
+    simulation = Simulation(overlap=overlap)
+    prompts = [[first, second] for first in range(8) for second in range(8)]
+    requests = [simulation.add(p, max_tokens=30, ignore_eos=False) for p in prompts]
+
+    simulation.run()
+
+    stopped = [request for request in requests if request.output_ids[-1] == EOS]
+    assert stopped
+    for request in requests:
+        assert request.output_ids == simulation.expected(request)
+    assert simulation.blocks.num_free == simulation.blocks.num_blocks
+
+
+def test_when_blocks_run_out_the_newest_request_gives_way_and_answers_the_same_later() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, prefix_caching=False)
+    old = simulation.add([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    new = simulation.add([7, 6, 5, 4, 3, 2, 1], max_tokens=12)
+
+    while not simulation.scheduler.num_preemptions:
+        simulation.step()
+
+    assert simulation.scheduler.running == [old]
+    assert list(simulation.scheduler.waiting) == [new]
+    assert new.output_ids
+    simulation.run()
+    for request in (old, new):
+        assert request.output_ids == simulation.expected(request)
+
+
+def test_a_request_preempted_with_a_token_pending_comes_back_after_that_token_is_known() -> None:
+    simulation = Simulation(overlap=True, num_blocks=6, block_size=4)
+    old = simulation.add([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    new = simulation.add([7, 6, 5, 4, 3, 2, 1], max_tokens=12)
+    while not simulation.scheduler.num_preemptions:
+        num_outputs = len(new.output_ids)
+        simulation.step()
+
+    assert len(new.output_ids) == num_outputs + 1  # delivered although it runs no more
+    assert (new.num_pending, new.num_computed_tokens, new.block_table) == (0, 0, [])
+    simulation.run()
+    for request in (old, new):
+        assert request.output_ids == simulation.expected(request)
+
+
+def test_a_resumed_request_takes_its_input_from_the_host_and_not_from_an_old_state_row() -> None:
+    """With its prefix cached it resumes as a decode row: one token, whose value must be its own."""
+    simulation = Simulation(overlap=True, block_size=4, max_running=1)
+    request = simulation.add([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    for _ in range(3):
+        simulation.step()
+    simulation.now += 20
+    other = simulation.add([1], ONE_PAGE, max_tokens=2, age_s=15)
+    simulation.load(ONE_PAGE)
+
+    simulation.run()
+
+    resumed = [p for plan in simulation.runner.plans for p in plan.decodes if p.num_tokens == 1]
+    assert simulation.scheduler.num_preemptions == 1
+    assert any(part.request is request and part.start == 8 for part in resumed)
+    for each in (request, other):
+        assert each.output_ids == simulation.expected(each)
+
+
+def test_a_second_request_reuses_the_blocks_of_a_common_prefix() -> None:
+    simulation = Simulation(block_size=4)
+    simulation.add([*range(10), 11], max_tokens=1)
+    simulation.run()
+
+    second = simulation.add([*range(10), 12], max_tokens=1)
+    plan = simulation.step()
+
+    assert plan is not None
+    assert [(part.start, part.num_tokens) for part in plan.chunks] == [(8, 3)]
+    assert second.num_cached_tokens == 8
+    assert (simulation.scheduler.prefix_queries, simulation.scheduler.prefix_hits) == (22, 8)
+
+
+def test_the_last_token_of_a_prompt_is_always_computed() -> None:
+    simulation = Simulation(block_size=4)
+    simulation.add(range(8), max_tokens=1)
+    simulation.run()
+
+    simulation.add(range(8), max_tokens=1)
+    plan = simulation.step()
+
+    assert plan is not None
+    assert [(part.start, part.num_tokens, part.samples) for part in plan.chunks] == [(4, 4, True)]
+
+
+def test_blocks_filled_while_generating_are_shared_too() -> None:
+    simulation = Simulation(block_size=4)
+    first = simulation.add([1, 2, 3], max_tokens=8)
+    simulation.run()
+
+    simulation.add([1, 2, 3, *first.output_ids, 5], max_tokens=1)
+    plan = simulation.step()
+
+    assert plan is not None
+    assert plan.parts[0].start == 8
+
+
+@pytest.mark.parametrize("difference", ["adapter", "tenant"])
+def test_no_prefix_is_shared_between_adapters_or_tenants(difference: str) -> None:
+    simulation = Simulation(block_size=4)
+    simulation.load(ONE_PAGE)
+    simulation.add(range(12), max_tokens=1)
+    simulation.run()
+
+    if difference == "adapter":
+        second = simulation.add(range(12), ONE_PAGE, max_tokens=1)
+    else:
+        second = simulation.add(range(12), tenant="other", max_tokens=1)
+    simulation.run()
+
+    assert second.num_cached_tokens == 0
+
+
+def test_without_prefix_caching_nothing_is_reused() -> None:
+    simulation = Simulation(block_size=4, prefix_caching=False)
+    for _ in range(2):
+        request = simulation.add(range(12), max_tokens=1)
+        simulation.run()
+
+    assert request.num_cached_tokens == 0
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_in_full() -> None:
+    simulation = Simulation(block_size=4)
+    simulation.add(range(12), max_tokens=1)
+    simulation.run()
+    request = simulation.add(range(12), max_tokens=1)
+    request.sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+
+    plan = simulation.step()
+
+    assert plan is not None
+    assert plan.chunks[0].start == 0
+
+
+def test_the_cached_kv_of_a_dropped_adapter_is_found_no_more() -> None:
+    simulation = Simulation(block_size=4)
+    simulation.load(ONE_PAGE)
+    simulation.add(range(12), ONE_PAGE, max_tokens=1)
+    simulation.run()
+    simulation.engine.drop_adapter("a")
+
+    again = simulation.add(range(12), ONE_PAGE, max_tokens=1)
+    simulation.run()
+
+    assert again.num_cached_tokens == 0
+
+
+def test_a_step_of_before_a_readmission_vouches_for_no_block_that_it_did_not_compute() -> None:
+    simulation = Simulation(block_size=4, max_step_tokens=8)
+    request = simulation.add(range(16), max_tokens=1)
+    plan = simulation.step()
+    assert plan is not None
+    simulation.blocks.forget(request.prefix_root)
+    request.num_computed_tokens = 4  # as if readmitted, and no farther yet than one block
+
+    simulation.scheduler.remember_blocks(plan.chunks[0])
+
+    hashes = request.block_hashes
+    assert [simulation.blocks.find([block_hash]) for block_hash in hashes[:2]] == [1, 0]
+
+
+def test_while_one_adapter_loads_all_others_run() -> None:
+    simulation = Simulation()
+    simulation.load(ALSO_ONE)
+    waiting = simulation.add([1], ONE_PAGE, max_tokens=3)
+    base = simulation.add([1], max_tokens=3)
+    other = simulation.add([1], ALSO_ONE, max_tokens=3)
+
+    for _ in range(3):
+        simulation.step()
+
+    assert base.is_finished
+    assert other.is_finished
+    assert (waiting.output_ids, waiting.is_finished) == ([], False)
+    simulation.run()
+    assert waiting.output_ids == simulation.expected(waiting)
+
+
+def test_a_request_whose_adapter_cannot_be_loaded_ends_with_an_error_and_others_go_on() -> None:
+    simulation = Simulation()
+    simulation.bank.damaged["x"] = ValueError("torn object")
+    bad = simulation.add([1], DAMAGED)
+    good = simulation.add([1], max_tokens=3)
+
+    simulation.run()
+
+    [output] = simulation.outputs[bad.request_id]
+    assert output.error == "The adapter could not be loaded: torn object"
+    assert good.output_ids == simulation.expected(good)
+
+
+def test_the_tier_that_is_told_is_the_one_at_arrival() -> None:
+    simulation = Simulation()
+    cold = simulation.add([1], ONE_PAGE, max_tokens=1)
+    simulation.run()
+    warm = simulation.add([1], ONE_PAGE, max_tokens=1)
+    simulation.run()
+
+    assert (cold.tier, warm.tier) == ("disk", "gpu")
+
+
+def test_aborting_a_request_frees_what_it_holds_at_once_wherever_it_is() -> None:
+    simulation = Simulation(overlap=True, max_running=1)
+    running, waiting = simulation.add(range(9)), simulation.add(range(9))
+    simulation.step()
+
+    for request in (running, waiting):
+        simulation.engine.abort(request.request_id)
+        simulation.check()
+
+    assert simulation.blocks.num_free == simulation.blocks.num_blocks
+    assert simulation.run() <= 2  # the step in flight is collected and its token dropped
+    assert simulation.outputs == {}
+
+
+def test_an_adapter_that_trickles_is_served_beside_one_that_floods() -> None:
+    simulation = Simulation(max_running=2, max_wait_s=1000.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    for _ in range(40):
+        simulation.add([1], ONE_PAGE, max_tokens=5)
+    waits = []
+    for _ in range(5):
+        cold = simulation.add([1], ALSO_ONE, max_tokens=5)
+        num_steps = 0
+        while not cold.is_finished:
+            simulation.step()
+            num_steps += 1
+        waits.append(num_steps)
+
+    assert max(waits) <= 12  # its own five, and a flooding request that had begun
+
+
+def test_a_flood_that_has_waited_for_ages_still_takes_turns() -> None:
+    """In overload every request of the hot adapter is old; its age buys it nothing."""
+    simulation = Simulation(max_running=1, max_wait_s=5.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    hot = [simulation.add([1], ONE_PAGE, max_tokens=4, age_s=100) for _ in range(20)]
+    cold = [simulation.add([1], ALSO_ONE, max_tokens=4) for _ in range(4)]
+
+    while not all(request.is_finished for request in cold):
+        simulation.step()
+        simulation.now += 0.1
+
+    assert sum(request.is_finished for request in hot) <= 5
+
+
+def test_a_newcomer_takes_no_more_than_its_turn_from_an_adapter_served_for_long() -> None:
+    simulation = Simulation(max_running=1, max_wait_s=1000.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.run()
+    new = [simulation.add([1], ALSO_ONE, max_tokens=4) for _ in range(10)]
+    old = [simulation.add([1], ONE_PAGE, max_tokens=4) for _ in range(3)]
+
+    while not all(request.is_finished for request in old):
+        simulation.step()
+
+    assert sum(request.is_finished for request in new) <= 4
+
+
+def test_tokens_of_a_request_that_gives_way_in_the_same_step_are_not_charged() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, prefix_caching=False)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    simulation.add([1, 2, 3, 4, 5, 6, 7], ONE_PAGE, max_tokens=12)
+    new = simulation.add([7, 6, 5, 4, 3, 2], ALSO_ONE, max_tokens=12)
+    while not simulation.scheduler.num_preemptions:
+        charged = simulation.scheduler.waiting.served("b")
+        planned = simulation.step()
+
+    assert planned is not None
+    assert all(part.request is not new for part in planned.parts)
+    assert simulation.scheduler.waiting.served("b") == charged
+
+
+def test_when_more_adapters_are_wanted_than_fit_each_has_its_turn_in_bounded_time() -> None:
+    simulation = Simulation(num_pages=1, num_blocks=100, max_wait_s=5.0)
+    adapters = [AdapterRef(digest, 8) for digest in "pqrst"]
+    requests = [simulation.add([1], adapter, max_tokens=300) for adapter in adapters]
+
+    for _ in range(300):
+        if simulation.executor.waiting:
+            simulation.executor.finish()
+        simulation.step()
+        simulation.now += 0.2  # 60 s in all, 12 turns
+
+    lengths = [len(request.output_ids) for request in requests]
+    assert min(lengths) >= 20
+    assert max(lengths) <= 120
+    simulation.run(5000, seconds=0.2)
+    for request in requests:
+        assert request.output_ids == simulation.expected(request)
+
+
+def test_waiting_requests_that_hold_the_whole_bank_do_not_lock_out_an_overdue_one() -> None:
+    simulation = Simulation(num_pages=1, num_blocks=4, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1] * 8, max_tokens=8)
+    simulation.step()
+    simulation.add([1] * 12, ONE_PAGE, max_tokens=1)  # leases the bank, and finds no blocks
+    simulation.step()
+    overdue = simulation.add([1], ALSO_ONE, max_tokens=1, age_s=100)
+
+    simulation.run(200)
+
+    assert overdue.output_ids == simulation.expected(overdue)
+
+
+def test_an_overdue_request_preempts_only_those_that_had_a_turn() -> None:
+    simulation = Simulation(max_running=2, max_wait_s=5.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    veteran = simulation.add([1], ONE_PAGE, max_tokens=90)
+    simulation.step()
+    simulation.now += 6
+    fresh = simulation.add([1], max_tokens=90)
+    simulation.step()
+
+    overdue = simulation.add([1], ALSO_ONE, max_tokens=90, age_s=5.5)
+    simulation.step()
+
+    assert simulation.scheduler.running == [fresh, overdue]
+    assert list(simulation.scheduler.waiting) == [veteran]
+
+
+def test_an_overdue_request_waits_where_nobody_has_had_a_turn() -> None:
+    simulation = Simulation(max_running=1, max_wait_s=5.0)
+    fresh = simulation.add([1], max_tokens=90)
+    simulation.step()
+    simulation.load(ALSO_ONE)
+    simulation.add([1], ALSO_ONE, max_tokens=90, age_s=100)
+
+    simulation.now += 4
+    simulation.step()
+
+    assert simulation.scheduler.running == [fresh]
+
+
+def test_nobody_gives_way_before_its_prompt_is_computed() -> None:
+    """A prompt that takes longer than a turn would otherwise never come to its end."""
+    simulation = Simulation(max_running=2, max_step_tokens=4, max_wait_s=5.0)
+    simulation.load(ALSO_ONE)
+    long = simulation.add(range(40), max_tokens=5)
+    simulation.step()
+    simulation.add([1], ALSO_ONE, max_tokens=5, age_s=1.0)
+    simulation.add([1], ALSO_ONE, max_tokens=5, age_s=1.0)
+
+    while long.num_computed_tokens < 40:
+        simulation.now += 6
+        simulation.step()
+        assert long in simulation.scheduler.running
+
+
+def test_an_overdue_request_preempts_none_of_its_own_adapter() -> None:
+    simulation = Simulation(max_running=1, max_wait_s=5.0)
+    first = simulation.add([1], max_tokens=30)
+    simulation.step()
+    simulation.add([1], max_tokens=30)
+    simulation.now += 100
+
+    simulation.step()
+
+    assert simulation.scheduler.running == [first]
+    assert simulation.scheduler.num_preemptions == 0
+
+
+def test_making_room_in_the_bank_preempts_no_request_of_the_base() -> None:
+    simulation = Simulation(num_pages=1, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    base = [simulation.add([1], max_tokens=200) for _ in range(3)]
+    holder = simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.step()
+    simulation.now += 6
+    overdue = simulation.add([1], ALSO_ONE, max_tokens=2, age_s=6)
+
+    simulation.step()
+
+    assert simulation.scheduler.running == base
+    assert holder in list(simulation.scheduler.waiting)
+    assert overdue.holds_adapter
+
+
+def test_an_adapter_is_vacated_only_when_all_who_run_on_it_had_their_turn() -> None:
+    simulation = Simulation(num_pages=1, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.step()
+    simulation.now += 3
+    simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.step()
+    simulation.now += 3
+    overdue = simulation.add([1], ALSO_ONE, max_tokens=2, age_s=6)
+
+    simulation.step()
+    assert simulation.scheduler.num_preemptions == 0  # one alone would free no page
+    simulation.now += 3
+    simulation.step()
+
+    assert simulation.scheduler.num_preemptions == 2
+    assert overdue.holds_adapter
+
+
+def test_while_an_overdue_request_waits_for_the_bank_the_base_goes_on_and_adapters_do_not() -> None:
+    simulation = Simulation(num_pages=1, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.step()
+    simulation.add([1], ALSO_ONE, max_tokens=2, age_s=6)
+
+    base = simulation.add([1], max_tokens=200)
+    same = simulation.add([1], ONE_PAGE, max_tokens=200)
+    simulation.step()
+
+    assert base in simulation.scheduler.running
+    assert same in list(simulation.scheduler.waiting)
+
+
+def test_while_an_overdue_request_waits_for_blocks_nobody_takes_them_first() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1] * 17, ONE_PAGE, max_tokens=8)
+    simulation.step()
+    large = simulation.add([2] * 17, max_tokens=4, age_s=6)
+    small = simulation.add([1], ONE_PAGE, max_tokens=1)
+
+    simulation.step()
+
+    assert simulation.blocks.num_free > 1
+    assert {large, small} <= set(simulation.scheduler.waiting)
+
+
+def test_a_young_request_may_pass_one_that_waits_for_blocks() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1] * 17, ONE_PAGE, max_tokens=8)
+    simulation.step()
+    simulation.add([2] * 17, max_tokens=4)
+    small = simulation.add([1], ONE_PAGE, max_tokens=9)
+
+    simulation.step()
+
+    assert small in simulation.scheduler.running

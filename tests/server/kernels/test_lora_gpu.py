@@ -26,41 +26,64 @@ def make_step(max_tokens: int, device: str = "cpu") -> LoraGpuStep:
 
 
 class TestStep:
-    @pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 300])
+    @pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 300, 600])
     def test_tiles_hold_each_token_once_and_one_adapter_each(self, num_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(num_tokens)
+        adapters = torch.randint(-1, 5, (num_tokens,), generator=generator).tolist()
+        pages = [[3], [0, 7], [9, 1, 4], [2], [5, 6]]
+        gains = [NO_GAIN, 8, 16, NO_GAIN, 40]
+        step = make_step(num_tokens)
+        step.fill(adapters, pages, gains)
+        header = step.view("header").tolist()
+        order = step.view("token_order").tolist()
+        kinds = [("small_tiles", 4, header[1:3])] * (num_tokens <= 512)
+        kinds += [("large_tiles", 64, header[3:5])] * (num_tokens > 64)
+        for name, longest, (num_with_adapter, num_tiles) in kinds:
+            records = step.view(name).view(-1, 12)[:num_tiles].tolist()
+            seen: list[int] = []
+            for index, record in enumerate(records):
+                adapter, num_pages, page, second_page, gain, count, first, _ = record[4:]
+                assert 0 < count <= longest
+                assert (adapter == NO_ADAPTER) == (index >= num_with_adapter)
+                tokens = order[first : first + count]
+                assert longest > 4 or record[:count] == tokens
+                assert {adapters[token] for token in tokens} == {adapter}
+                if adapter != NO_ADAPTER:
+                    own = [*pages[adapter], -1]
+                    assert (num_pages, page, second_page) == (len(own) - 1, own[0], own[1])
+                assert gain == [*gains, NO_GAIN][adapter]
+                seen += tokens
+            assert sorted(seen) == list(range(num_tokens))
+
+    @pytest.mark.parametrize("num_tokens", [1, 5, 64, 65, 300, 600])
+    def test_items_bring_each_page_to_each_token_of_its_adapter(self, num_tokens: int) -> None:
         generator = torch.Generator().manual_seed(num_tokens)
         adapters = torch.randint(-1, 5, (num_tokens,), generator=generator).tolist()
         pages = [[3], [0, 7], [9, 1, 4], [2], [5, 6]]
         step = make_step(num_tokens)
         step.fill(adapters, pages, [NO_GAIN] * 5)
-        num_lora_tiles, num_tiles, num_items, _ = step.view("header").tolist()
         order = step.view("token_order").tolist()
-        tiles = step.view("tiles").view(-1, 4)[:num_tiles].tolist()
-        longest = 16 if num_tokens <= 64 else 64
-        seen: list[int] = []
-        for index, (first, count, adapter, _) in enumerate(tiles):
-            assert 0 < count <= longest
-            assert (adapter == NO_ADAPTER) == (index >= num_lora_tiles)
-            tokens = order[first : first + count]
-            assert {adapters[token] for token in tokens} == {adapter}
-            seen += tokens
-        assert sorted(seen) == list(range(num_tokens))
-        items = step.view("items").view(-1, 2)[:num_items].tolist()
-        item_pages = 1 if num_tokens <= 64 else 2
-        assert items == [
-            [index, page]
-            for index, (_, _, adapter, _) in enumerate(tiles[:num_lora_tiles])
-            for page in range(0, len(pages[adapter]), item_pages)
+        items = step.view("items").view(-1, 4)[: int(step.view("header")[0])].tolist()
+        brought = []
+        for page, second_page, first, packed in items:
+            count, place = packed & 0xFFFF, packed >> 16
+            for token in order[first : first + count]:
+                brought.append((token, place, page))
+                if second_page >= 0:
+                    brought.append((token, place + 1, second_page))
+        assert sorted(brought) == [
+            (token, place, page)
+            for token, adapter in enumerate(adapters)
+            if adapter != NO_ADAPTER
+            for place, page in enumerate(pages[adapter])
         ]
 
-    def test_pages_and_gain_rows_are_where_the_kernels_look(self) -> None:
+    def test_pages_past_the_second_are_in_the_table(self) -> None:
         step = make_step(4)
-        step.fill([1, 0, -1, 1], [[4, 2], [7]], [NO_GAIN, 65])
+        step.fill([1, 0, -1, 1], [[4, 2, 9], [7]], [NO_GAIN, 65])
         table = step.view("page_table").view(MAX_ADAPTERS, MAX_PAGES)
-        assert table[0, :2].tolist() == [4, 2]
+        assert table[0, :3].tolist() == [4, 2, 9]
         assert table[1, :1].tolist() == [7]
-        assert step.view("num_pages")[:2].tolist() == [2, 1]
-        assert step.view("gain_row")[:2].tolist() == [NO_GAIN, 65]
 
     def test_filling_again_leaves_the_addresses_alone(self) -> None:
         step = make_step(8)
@@ -68,7 +91,7 @@ class TestStep:
         step.fill([0] * 8, [[1]], [NO_GAIN])
         step.fill([], [], [])
         assert step.addresses() == before
-        assert step.view("header").tolist() == [0, 0, 0, 0]
+        assert step.view("header").tolist() == [0] * 8
 
     def test_the_worst_batch_fits(self) -> None:
         for num_tokens in (64, 65, 2000):
@@ -76,9 +99,10 @@ class TestStep:
             adapters = [token % MAX_ADAPTERS for token in range(num_tokens)]
             pages = [list(range(MAX_PAGES))] * MAX_ADAPTERS
             step.fill(adapters, pages, [NO_GAIN] * MAX_ADAPTERS)
-            _, num_tiles, num_items, _ = step.view("header").tolist()
-            assert num_tiles <= step.max_tiles
-            assert num_items <= step.max_items
+            items, _, small, _, large, *_ = step.view("header").tolist()
+            assert 0 < items <= step.max_items
+            assert small <= step.max_small
+            assert large <= step.max_large
 
     def test_more_than_fits_is_refused(self) -> None:
         step = make_step(2)
@@ -297,6 +321,20 @@ class TestOnGpu:
         split = nf4_linear.split_of(weight)
         y = lora_gpu.finish(workspace, split, None, None, (1600,), None)
         assert torch.equal(y, nf4_linear.reduce(workspace, weight))
+
+    @pytest.mark.parametrize("mix", ["full", "prefill", "none"])
+    def test_expand_adds_a_residual_to_every_row(self, mix: str) -> None:
+        adapters = MIXES[mix]
+        case = make_case(1024, QKV, RANKS)
+        x = torch.randn(len(adapters), 1024, device="cuda").bfloat16()
+        y = torch.randn(len(adapters), sum(QKV), device="cuda").bfloat16()
+        residual = torch.randn(len(adapters), sum(QKV), device="cuda").bfloat16()
+        step = make_step(len(adapters), "cuda")
+        step.fill(adapters, case.pages, case.gain_rows)
+        expected = reference(case, y, x, adapters) + residual
+        h = lora_gpu.shrink(x, case.a_bank, step)
+        lora_gpu.expand(y, h, case.b_bank, QKV, step, residual=residual)
+        assert relative_error(y, expected) < BF16_ROUNDING
 
     @pytest.mark.parametrize("mix", ["full", "prefill"])
     def test_expand_silu_is_expand_then_silu(self, mix: str) -> None:
