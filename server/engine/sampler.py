@@ -8,6 +8,7 @@ import torch
 from server.engine.request import Request, SamplingParams
 
 _CANDIDATES = 1024  # sorted first for top-k and top-p; more only if they do not suffice
+_COLDEST = 1e-30  # a lower temperature would be 0 in fp32, or divide into infinities
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,46 +73,48 @@ class Sampler:
         return tokens
 
     def _draw(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
-        """Inverse transform sampling: one counter-based uniform number a row, whatever the batch."""
+        """Inverse transform sampling: one counter-based number a row, whatever the batch."""
         params = [request.sampling for request in requests]
-        logits = logits / self._column([p.temperature for p in params])
+        # Down from the likeliest token's 0, no temperature however low makes an infinity of it.
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        logits = logits / self._column([max(p.temperature, _COLDEST) for p in params])
         if any(p.min_p > 0 for p in params):
             floor = self._column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
-            logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + floor, -math.inf)
+            logits.masked_fill_(logits < floor, -math.inf)
+        probs = logits.softmax(dim=-1)
         filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
         if filtered:
             at = self._tensor(filtered, torch.int64)
-            logits[at] = self._filter(logits[at], [params[i] for i in filtered])
-        cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+            probs[at] = self._filter(probs[at], [params[i] for i in filtered])
+        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
         draws = [uniform(r.seed, len(r.output_ids) + r.num_pending) for r in requests]
         target = self._column(draws, torch.float64) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        return tokens.clamp_max(self._vocab_size - 1)  # if the logits are NaN
 
-    def _filter(self, logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-        """Mask what top-k, then top-p over what is left, rule out; the likeliest token always stays."""
-        vocab = logits.shape[-1]
+    def _filter(self, probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+        """Zero what top-k, then top-p over what is left, rule out; the likeliest always stays.
+
+        Tokens as likely as the last that stays do too: among equals the order of a sort would
+        decide, and that depends on how many are sorted, thus on the rest of the batch.
+        """
+        vocab = probs.shape[-1]
+        top_k = self._column([min(p.top_k or vocab, vocab) for p in params], torch.int64)
+        top_p = self._column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64)
         num_sorted = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
         while True:
-            values, ids = logits.topk(num_sorted, dim=-1)  # sorted, largest first
-            place = torch.arange(num_sorted, device=logits.device)
-            top_k = self._column([p.top_k or vocab for p in params], torch.int64)
-            values = values.masked_fill(place >= top_k, -math.inf)
-            total = torch.where(
-                top_k <= num_sorted,
-                values.logsumexp(dim=-1, keepdim=True),
-                logits.logsumexp(dim=-1, keepdim=True),
-            )
-            probs = (values - total).exp()
-            cumulative = probs.cumsum(dim=-1)
-            top_p = self._column([p.top_p for p in params])
-            is_enough = (cumulative[:, -1:] >= top_p) | (top_k <= num_sorted)
+            values = probs.topk(num_sorted, dim=-1).values.double()  # sorted, largest first
+            cumulative = values.cumsum(dim=-1)
+            left = cumulative.gather(1, top_k.clamp_max(num_sorted) - 1)  # by top-k
+            left.masked_fill_(top_k == vocab, 1.0)
+            place = torch.arange(num_sorted, device=probs.device)
+            keep = (place < top_k) & (cumulative - values < top_p * left)
+            num_kept = keep.sum(dim=-1, keepdim=True).clamp_min(1)
+            is_enough = (num_kept < num_sorted) | (top_k <= num_sorted)
             if num_sorted == vocab or bool(is_enough.all()):
                 break
             num_sorted = vocab
-        keep = (cumulative - probs < top_p) & (values > -math.inf)
-        keep[:, 0] = True
-        masked = torch.full_like(logits, -math.inf)
-        return masked.scatter_(1, ids, values.masked_fill(~keep, -math.inf))
+        return probs.masked_fill(probs < values.gather(1, num_kept - 1), 0)
 
     def _bias(self, logits: torch.Tensor, requests: list[Request]) -> None:
         rows: list[int] = []

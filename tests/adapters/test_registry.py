@@ -457,8 +457,9 @@ def test_a_lost_object_can_be_deleted(
     assert freed == [digest]
 
 
-def test_a_failed_transaction_takes_its_object_back(
+def test_a_failed_transaction_takes_its_object_and_rows_back(
     registry: Registry,
+    reopen: Reopen,
     folders: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -475,9 +476,11 @@ def test_a_failed_transaction_takes_its_object_back(
         registry.push("new", folders[0])
     monkeypatch.undo()
 
-    assert registry.revisions("bot") == (kept,)
-    assert [adapter.name for adapter in registry.list()] == ["bot"]
-    assert objects(tmp_path) == {kept.digest}
+    for current in (registry, reopen()):
+        assert current.revisions("bot") == (kept,)
+        assert [adapter.name for adapter in current.list()] == ["bot"]
+        assert objects(tmp_path) == {kept.digest}
+        registry = current
     assert registry.push("bot", folders[1]).number == 2
 
 
