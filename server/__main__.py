@@ -15,9 +15,9 @@ from starlette.applications import Starlette
 
 from adapters.registry import Registry
 from server.adapter_admin import base_shape, limits, register_examples
-from server.api.residency import EngineDropper, digest_names
 from server.api.app import create_app
 from server.api.auth import check_listen
+from server.api.residency import EngineDropper, digest_names
 from server.api.tokenizer import TextCodec
 from server.config import Config
 from server.engine.client import EngineClient, EngineStartError
@@ -32,7 +32,8 @@ _LINES_TO_TRY = """
     -d '{{"model": "json", "messages": [{{"role": "user", "content": "{question}"}}]}}'
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "pirate", "messages": [{{"role": "user", "content": "{question}"}}], "stream": true}}'
+    -d '{{"model": "pirate", "stream": true, \\
+         "messages": [{{"role": "user", "content": "{question}"}}]}}'
 """
 
 

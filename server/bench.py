@@ -164,9 +164,7 @@ def _choices(batch: int, num_adapters: int) -> dict[str, list[int | None]]:
     return choices
 
 
-def _row(
-    system: str, label: str, batch: int, timings: list[Timing], options: BenchOptions
-) -> Row:
+def _row(system: str, label: str, batch: int, timings: list[Timing], options: BenchOptions) -> Row:
     def median(value_of_each: list[float]) -> float:
         return round(statistics.median(value_of_each), 1)
 
@@ -192,7 +190,15 @@ def _print(
     )
     for column in ("adapters", "batch"):
         table.add_column(column)
-    for column in ("prefill", "decode", "total", "PEFT prefill", "PEFT decode", "PEFT total", "ratio"):
+    for column in (
+        "prefill",
+        "decode",
+        "total",
+        "PEFT prefill",
+        "PEFT decode",
+        "PEFT total",
+        "ratio",
+    ):
         table.add_column(column, justify="right")
     of_peft = {(row.adapters, row.batch): row for row in rows if row.system != turnout.name}
     for row in rows:

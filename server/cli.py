@@ -137,15 +137,16 @@ def bench(
     baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
-    options = {
-        "model": base_config(base, None, quantization=quantization),
-        "batch_sizes": tuple(batch or (1, 4, 16)),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "baseline": baseline,
-    }
-    from server.bench import run
+    model = base_config(base, None, quantization=quantization)
+    from server.bench import BenchOptions, run
 
+    options = BenchOptions(
+        model=model,
+        batch_sizes=tuple(batch or (1, 4, 16)),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        baseline=baseline,
+    )
     run(options)
 
 

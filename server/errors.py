@@ -2,7 +2,7 @@
 
 
 class ServeError(Exception):
-    """Something a client must be told: a status, a machine-readable code and a message with the numbers."""
+    """Something a client must be told: a status, a code and a message that holds the numbers."""
 
     def __init__(
         self,

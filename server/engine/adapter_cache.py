@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.engine.messages import AdapterEvent
+from server.engine.messages import AdapterChange, AdapterEvent
 from server.engine.request import AdapterRef, Tier
 
 
@@ -269,7 +269,7 @@ class AdapterCache:
         return pages
 
     def _free(
-        self, resident: Resident, event: str, *, seconds: float = 0.0, message: str = ""
+        self, resident: Resident, event: AdapterChange, *, seconds: float = 0.0, message: str = ""
     ) -> None:
         del self._residents[resident.adapter.digest]
         self._free_pages = sorted(self._free_pages + resident.pages)
@@ -295,7 +295,7 @@ class AdapterCache:
     def _event(
         self,
         digest: str,
-        event: str,
+        event: AdapterChange,
         tier: Tier,
         seconds: float = 0.0,
         num_bytes: int = 0,

@@ -1,4 +1,4 @@
-"""A stored adapter to the bank's layout: stacked by fused group, padded to pages, scaling folded in."""
+"""A stored adapter to the bank's layout: stacked by fused group, in pages, scaling folded in."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ import torch
 
 from server.base_digest import base_digest
 from server.config import Config
-from server.engine.adapter_cache import AdapterCache
+from server.engine.adapter_cache import AdapterCache, HostAdapter
 from server.engine.adapter_loader import AdapterLoader
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
@@ -75,7 +75,8 @@ def _adapter_cache(
     page_rows = config.adapters.page_rows
     loader = AdapterLoader(config.adapters.store / "objects", decoder, page_rows, dtype)
 
-    def write(pages: list[int], adapter: PackedAdapter) -> None:
+    def write(pages: list[int], adapter: HostAdapter) -> None:
+        assert isinstance(adapter, PackedAdapter), "what the loader reads"
         first, last = pages[0], pages[-1]
         if last - first == len(pages) - 1:  # neighbours: one plain copy
             bank.write(slice(first * page_rows, (last + 1) * page_rows), adapter)

@@ -1,4 +1,4 @@
-"""The API process's side of the bridge: asyncio in, streams of tokens out, the engine kept alive."""
+"""The API process's side of the bridge: asyncio in, streams of tokens out, an engine kept alive."""
 
 import asyncio
 import contextlib

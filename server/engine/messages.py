@@ -9,13 +9,12 @@ import msgspec
 
 from server.engine.request import AdapterRef, FinishReason, SamplingParams, Tier
 
-
 # loaded: into the bank. postponed: the answer to a LoadAdapter that finds no room.
 AdapterChange = Literal["loaded", "postponed", "evicted", "dropped", "failed"]
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run this prompt. Answered by `RequestOutput`s until one carries a finish reason or an error."""
+    """Run this prompt. Answered by `RequestOutput`s until one has a finish reason or an error."""
 
     request_id: str
     prompt_ids: list[int]

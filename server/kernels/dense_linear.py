@@ -1,4 +1,4 @@
-"""Dense linear for a machine without a GPU: weights packed once into the CPU's own matrix layout."""
+"""Dense linear without a GPU: weights packed once into the CPU's own matrix layout."""
 
 from dataclasses import dataclass
 
@@ -42,4 +42,5 @@ def dense_linear(x: torch.Tensor, weight: DenseWeight) -> torch.Tensor:
     """
     if not weight.is_packed:
         return F.linear(x, weight.weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight.weight, None, "none", [], "")
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.weight, None, "none", [], "")
+    return y

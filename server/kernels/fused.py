@@ -1,4 +1,4 @@
-"""The small ops between the matrix products: norm, rotary embedding with the KV write, activation."""
+"""The small ops between the matrix products: norm, rotary embedding and KV write, activation."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines of every position: two tensors [max_positions, 1, head_dim].
 
-    The sines' first half is negated, so that `rotate` is one roll and two products (arXiv:2104.09864).
+    The sines' first half is negated: rotating is one roll and two products (arXiv:2104.09864).
     """
     inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inverse
@@ -56,6 +56,6 @@ def rotate_and_write(
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, the two halves of the last dimension: [num_tokens, 2 * n] -> [num_tokens, n]."""
+    """silu(gate) * up, the halves of the last dimension: [num_tokens, 2 * n] -> [num_tokens, n]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -11,10 +11,10 @@ NO_ROW = -1
 class LoraStep:
     """Which bank rows each token of one step may use; made once a step, used by every linear.
 
-    rows       slice, or [num_rows] int64    bank rows of the step's adapters, end to end
-    foreign    [num_tokens, num_rows] bool   True where a row belongs to another adapter; None if none does
-    gain_rows  [num_gain_tokens] int64       bank row with DoRA's gain, for the tokens that have one
-    gain_tokens[num_gain_tokens] int64       those tokens
+    rows         slice, or [num_rows] int64    bank rows of the step's adapters, end to end
+    foreign      [num_tokens, num_rows] bool   True where a row is another adapter's; None: nowhere
+    gain_rows    [num_gain_tokens] int64       bank row with DoRA's gain, for tokens that have one
+    gain_tokens  [num_gain_tokens] int64       those tokens
     """
 
     rows: slice | torch.Tensor

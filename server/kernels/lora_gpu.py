@@ -24,12 +24,13 @@ NO_GAIN = -1
 MAX_SUBLINEARS = 4
 
 _SMALL_TILE, _LARGE_TILE = 4, 64  # tokens of `expand`'s tiles
-_DECODE_ITEM, _PREFILL_ITEM = 16, 64  # tokens of `shrink`'s items
+_SMALL_ITEM, _LARGE_ITEM, _ITEM_PAGES = 8, 32, 2  # tokens and pages of `shrink`'s items
+_BLOCK_COLUMNS = 256  # outputs that a block of `expand` is for
 _RECORD = 12
 _HOST_BUFFERS = (
     3  # a copy of an earlier step may still be under way when the next step is filled in
 )
-_MAX_BLOCKS = 1584
+_MAX_BLOCKS = 2112
 _KERNELS = Path(__file__).parent
 
 
@@ -54,10 +55,10 @@ class LoraGpuStep:
         self, *, max_tokens: int, max_adapters: int, max_pages: int, device: torch.device
     ) -> None:
         self.max_tokens, self.max_adapters, self.max_pages = max_tokens, max_adapters, max_pages
-        few = min(max_tokens, DECODE_TOKENS)
+        few, many = min(max_tokens, DECODE_TOKENS), max_adapters + 1 + max_tokens // _LARGE_ITEM
         self.max_small = min(max_tokens, FINISH_TOKENS)
         self.max_large = max_adapters + 1 + max_tokens // _LARGE_TILE
-        self.max_items = max(few * max_pages, self.max_large * -(-max_pages // 2))
+        self.max_items = max(few, many) * -(-max_pages // _ITEM_PAGES)
         sizes = {
             "header": 8,
             "items": 4 * self.max_items,
@@ -128,16 +129,12 @@ class LoraGpuStep:
         ends = np.cumsum(np.bincount(ranked, minlength=num_adapters + 1))
         header = np.zeros(8, np.int32)
 
-        item_tokens, item_pages = (
-            (_DECODE_ITEM, 1) if num_tokens <= DECODE_TOKENS else (_PREFILL_ITEM, 2)
-        )
+        item_tokens = _SMALL_ITEM if num_tokens <= DECODE_TOKENS else _LARGE_ITEM
         owner, first, count = _tiles(ends[:-1], item_tokens)
-        repeats = -(-num_pages[owner] // item_pages)
-        place = _positions(repeats) * item_pages
+        repeats = -(-num_pages[owner] // _ITEM_PAGES)
+        place = _positions(repeats) * _ITEM_PAGES
         owner, first, count = (np.repeat(part, repeats) for part in (owner, first, count))
         items = (table[owner, place], table[owner, place + 1], first, count | place << 16)
-        if item_pages == 1:
-            items = (items[0], np.full_like(place, -1), *items[2:])
         header[0] = len(place)
         self._put(buffer, "items", np.stack(items, axis=1))
 
@@ -178,7 +175,8 @@ def _tiles(ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _positions(repeats: np.ndarray) -> np.ndarray:
     """0, 1, ... up to each of `repeats` in turn, end to end."""
     starts: np.ndarray = np.repeat(np.cumsum(repeats) - repeats, repeats)
-    return np.subtract(np.arange(len(starts)), starts, dtype=np.int64)
+    positions: np.ndarray = np.arange(len(starts)) - starts
+    return positions
 
 
 def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Tensor:
@@ -199,7 +197,7 @@ def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Te
     assert x.stride(1) == a_bank.stride(2) == 1, "rows of x and of the bank are contiguous"
     width = step.max_pages * PAGE_ROWS
     h = torch.empty((slices, num_tokens, sublinears, width), device=x.device)
-    usual_items = max(8, 2 * num_tokens)  # two pages are rank 16; a block takes more in turn
+    usual_items = max(4, num_tokens)  # of rank 16; a block takes more in turn
     blocks = min(step.max_items, usual_items, max(1, _MAX_BLOCKS // (slices * sublinears)))
     kernels = _kernels(x.device)
     kernels.shrink[is_decode](
@@ -349,15 +347,16 @@ def _run_expand(
         addresses, max_pages = step.addresses(), step.max_pages
         slices, bank_stride = h.shape[0], b_bank.stride(0)
     is_large = workspace is None and num_tokens > DECODE_TOKENS
-    blocks_x = -(-columns // (64 if is_large else 256))
+    blocks_x = -(-columns // _BLOCK_COLUMNS)
     if is_large:
         tiles = num_tokens // _LARGE_TILE + 1 + (step.max_adapters if step else 0)
     else:
         tiles = num_tokens if step else -(-num_tokens // _SMALL_TILE)
-    blocks_y = min(tiles, max(1, _MAX_BLOCKS // blocks_x))
+    rounds = -(-tiles * blocks_x // _MAX_BLOCKS)  # that a block goes through, all blocks as many
+    blocks_y = -(-tiles // rounds)
     ends = np.cumsum(out_splits).tolist()
     kernels = _kernels(y.device)
-    kernels.expand[name, is_large](
+    kernels.expand(name, is_large, max_pages)(
         (blocks_x, blocks_y, 1),
         kernels.device_index,
         *addresses,
@@ -386,27 +385,36 @@ class _Kernels:
     """The compiled kernels of one device."""
 
     def __init__(self, device: torch.device) -> None:
-        module = Module(compiled(kernel_source(), architecture(device)))
-        is_dependent = torch.cuda.get_device_capability(device)[0] >= 9
         self.device_index = 0 if device.index is None else device.index
-
-        def kernel(name: str, params_format: str, threads: int) -> Kernel:
-            function = module.function(f"lora_{name}")
-            return Kernel(function, params_format, threads=threads, is_dependent=is_dependent)
-
-        step = "6P2i"
+        self._module = Module(compiled(kernel_source(), architecture(device)))
+        self._is_dependent = torch.cuda.get_device_capability(device)[0] >= 9
+        self._expand: dict[tuple[str, bool, int], Kernel] = {}
         self.shrink = {
-            True: kernel("shrink_16", step + "3P3q2i", 256),
-            False: kernel("shrink_64", step + "3P3q2i", 256),
+            is_decode: self._kernel(f"shrink_{size}", "3P3q2i", threads=256)
+            for is_decode, size in ((True, "small"), (False, "large"))
         }
-        self.expand = {
-            (name, is_large): kernel(
-                f"{name}_{'large' if is_large else 'small'}", step + "6Pq3i4i3i", 128
+
+    def expand(self, name: str, is_large: bool, max_pages: int) -> Kernel:
+        """A kernel of the expand family; with large tiles it holds every rank of h on the chip."""
+        key = (name, is_large, max_pages)
+        if key not in self._expand:
+            size = "large" if is_large else "small"
+            parts = 2 if name == "expand_silu" else 1
+            pitch = -(-max_pages // 2) * PAGE_ROWS + 4
+            shared_bytes = parts * _LARGE_TILE * pitch * 4 if is_large else 0
+            self._expand[key] = self._kernel(
+                f"{name}_{size}", "6Pq3i4i3i", threads=128, shared_bytes=shared_bytes
             )
-            for name in ("expand", "expand_silu", "finish", "finish_silu")
-            for is_large in (False, True)
-            if not (is_large and name.startswith("finish"))
-        }
+        return self._expand[key]
+
+    def _kernel(self, name: str, params: str, *, threads: int, shared_bytes: int = 0) -> Kernel:
+        return Kernel(
+            self._module.function(f"lora_{name}"),
+            "6P2i" + params,
+            threads=threads,
+            shared_bytes=shared_bytes,
+            is_dependent=self._is_dependent,
+        )
 
 
 def _kernels(device: torch.device) -> _Kernels:

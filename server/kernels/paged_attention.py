@@ -46,7 +46,7 @@ def paged_attention(
     """Causal attention of every token over its own request's context, the step's tokens included.
 
     q                 [num_tokens, num_heads, head_dim]
-    k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], this step's KV already written
+    k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], this step's KV included
     sliding_window    a token sees itself and the sliding_window - 1 tokens before it; None: all
     returns           [num_tokens, num_heads, head_dim]
     """
@@ -77,7 +77,7 @@ def _decode(
     visible = at < rows.lengths[:, None]  # [num_rows, max_context]
     if sliding_window is not None:
         visible &= at >= rows.lengths[:, None] - sliding_window
-    # The query heads that share a KV head stand where a prompt's queries would: one pass over its keys.
+    # Query heads that share a KV head stand where a prompt's queries would: one pass over its keys.
     q = q.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :])
     return out.reshape(num_rows, num_heads, head_dim)

@@ -1,4 +1,4 @@
-"""The tensors behind resident adapters: every adapter's rank rows, end to end, at their true rank."""
+"""The tensors behind resident adapters: their rank rows, end to end, at true rank."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The resident base, said plainly: embeddings, blocks, head; each linear with its token's own LoRA."""
+"""The resident base: embeddings, blocks, head; each linear with its token's own LoRA."""
 
 from dataclasses import dataclass
 

@@ -6,7 +6,7 @@ from server.model.spec import ModelSpec
 
 
 class KVCache:
-    """Keys and values of every layer: `k[layer]`, `v[layer]` are [num_blocks, block_size, kv_heads, head_dim]."""
+    """`k[layer]` and `v[layer]` are [num_blocks, block_size, num_kv_heads, head_dim]."""
 
     def __init__(
         self,

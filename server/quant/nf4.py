@@ -1,4 +1,4 @@
-"""NF4 with double quantization: bitsandbytes makes it, we own the layout from there (QLoRA, arXiv:2305.14314)."""
+"""NF4, double quantized (QLoRA, arXiv:2305.14314): bitsandbytes makes it, we own the layout."""
 
 import logging
 from dataclasses import dataclass

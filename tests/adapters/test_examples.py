@@ -87,6 +87,8 @@ def model(request: pytest.FixtureRequest, default_base: Path) -> Iterator[Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other on a busy machine take 20 times as long
     with warnings.catch_warnings(action="ignore"):
         base = transformers.AutoModelForCausalLM.from_pretrained(
             default_base, dtype=torch.bfloat16, quantization_config=config
@@ -94,6 +96,7 @@ def model(request: pytest.FixtureRequest, default_base: Path) -> Iterator[Any]:
         loaded = peft.PeftModel.from_pretrained(base, str(EXAMPLES / "json"), "json")
         loaded.load_adapter(str(EXAMPLES / "pirate"), "pirate")
         yield loaded.eval()
+    torch.set_num_threads(num_threads)
 
 
 def reply(model: Any, tokenizer: Any, question: str, max_tokens: int = 60) -> tuple[str, bool]:

@@ -101,7 +101,7 @@ def ask(client: openai.OpenAI, model: str, **options: Any) -> str:
     reply = client.chat.completions.create(
         model=model, messages=QUESTION, temperature=0, max_tokens=40, **options
     )
-    content = reply.choices[0].message.content
+    content: str | None = reply.choices[0].message.content
     assert content is not None
     return content
 

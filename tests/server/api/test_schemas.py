@@ -194,7 +194,8 @@ def test_more_min_tokens_than_max_tokens_are_refused(info: EngineInfo) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"[]", b"5", b"null", b'{"temperature": NaN}', b'{"temperature": Infinity}', b"\xff\xfe", b'{"a": "\\ud800"}',
+        b"", b"{", b"[]", b"5", b"null", b'{"temperature": NaN}', b'{"temperature": Infinity}',
+        b"\xff\xfe", b'{"a": "\\ud800"}',
         b"[" * 100_000, b'{"a":' * 100_000, b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}",
     ],
 )  # fmt: skip

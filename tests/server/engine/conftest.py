@@ -11,7 +11,15 @@ import pytest
 
 from adapters.manifest import BaseShape, Limits
 from adapters.registry import Registry
-from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, SchedulerConfig
+from server.config import (
+    AdapterConfig,
+    CacheConfig,
+    Config,
+    Dtype,
+    ModelConfig,
+    Quantization,
+    SchedulerConfig,
+)
 from server.engine.build import build_engine
 from server.engine.messages import RequestOutput
 from server.engine.request import AdapterRef, Request, SamplingParams
@@ -96,8 +104,8 @@ def make_harness(tiny_base: Path, tmp_path: Path) -> Iterator[MakeHarness]:
     def make(
         *,
         base: Path = tiny_base,
-        quantization: str = "none",
-        dtype: str = "float32",
+        quantization: Quantization = "none",
+        dtype: Dtype = "float32",
         cache: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,9 @@ async def running(config: Config, **options: Callable[..., None]) -> AsyncIterat
         await client.close()
 
 
-def request(name: str, sampling: SamplingParams = ENDLESS, **fields: object) -> AddRequest:
+def request(name: str, sampling: SamplingParams = ENDLESS, **fields: Any) -> AddRequest:
     values = {"prompt_ids": [5, 6, 7], "arrival_time": time.monotonic(), **fields}
-    return AddRequest(request_id=name, sampling=sampling, **values)  # type: ignore[arg-type]
+    return AddRequest(request_id=name, sampling=sampling, **values)
 
 
 async def collect(client: EngineClient, message: AddRequest) -> list[RequestOutput]:
@@ -189,9 +190,7 @@ async def test_a_base_that_cannot_be_loaded_says_why_and_is_not_tried_again(
     config: Config, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    broken = Config(
-        model=ModelConfig(path=tmp_path), cache=config.cache, adapters=config.adapters
-    )
+    broken = Config(model=ModelConfig(path=tmp_path), cache=config.cache, adapters=config.adapters)
     client = EngineClient(broken)
     with pytest.raises(EngineStartError, match="GPT2LMHeadModel is not MistralForCausalLM"):
         await client.start()
@@ -254,7 +253,7 @@ async def test_an_adapter_without_its_object_fails_by_name(config: Config) -> No
     ],
 )
 async def test_what_could_never_run_is_refused_by_the_engine_too(
-    config: Config, fields: dict[str, object], message: str
+    config: Config, fields: dict[str, Any], message: str
 ) -> None:
     async with running(config) as client:
         with pytest.raises(ServeError, match=message) as failure:

@@ -1,4 +1,4 @@
-"""The default base and the shipped adapters against transformers + PEFT: a real model, real text."""
+"""The default base and the shipped adapters against transformers + PEFT: real model, real text."""
 
 import warnings
 from collections.abc import Iterator
@@ -39,12 +39,9 @@ def base() -> Path:
 @pytest.fixture(scope="module")
 def prompts(base: Path) -> list[list[int]]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    found: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    return [list(prompt) for prompt in found]
 
 
 def add_all(harness: Harness, prompts: list[list[int]], sampling: SamplingParams) -> list[Any]:
@@ -69,11 +66,15 @@ def test_in_fp32_64_greedy_tokens_of_8_prompts_equal_the_oracles(
 @torch.inference_mode()
 def choices(model: Any, name: str | None, token_ids: list[int]) -> list[int]:
     """The most likely next token after each token."""
+    ids = torch.tensor([token_ids])
     if name is None:
         with model.disable_adapter():
-            return model(torch.tensor([token_ids])).logits[0].argmax(dim=-1).tolist()  # type: ignore[no-any-return]
-    model.set_adapter(name)
-    return model(torch.tensor([token_ids])).logits[0].argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+            logits = model(ids).logits[0]
+    else:
+        model.set_adapter(name)
+        logits = model(ids).logits[0]
+    found: list[int] = logits.argmax(dim=-1).tolist()
+    return found
 
 
 def with_adapters(model: Any) -> Any:

@@ -53,13 +53,16 @@ class Oracle:
     def logits(self, token_ids: list[int], name: str | None) -> torch.Tensor:
         """Logits after each token: [num_tokens, vocab]."""
         ids = torch.tensor([token_ids])
+        found: torch.Tensor
         if self.model is None:
-            return self.plain(ids).logits[0]
-        if name is None:
+            found = self.plain(ids).logits[0]
+        elif name is None:
             with self.model.disable_adapter():
-                return self.model(ids).logits[0]
-        self.model.set_adapter(name.replace(" ", "_"))
-        return self.model(ids).logits[0]
+                found = self.model(ids).logits[0]
+        else:
+            self.model.set_adapter(name.replace(" ", "_"))
+            found = self.model(ids).logits[0]
+        return found
 
 
 def disagreements(oracle: Oracle, request: Request, name: str | None) -> list[str]:
