@@ -135,10 +135,11 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
+    http: Annotated[bool, typer.Option(help="Run a server process beside it too.")] = True,
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
     model = base_config(base, None, quantization=quantization)
-    from server.bench import BenchOptions, run
+    from server.bench.run import BenchOptions, run
 
     options = BenchOptions(
         model=model,
@@ -146,6 +147,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         baseline=baseline,
+        http=http,
     )
     run(options)
 

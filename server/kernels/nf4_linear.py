@@ -13,13 +13,22 @@ from pathlib import Path
 
 import torch
 
-from server.kernels.nvrtc import Kernel, Module, architecture, compiled, shared_memory_limit
+from server.kernels.nvrtc import (
+    Kernel,
+    Module,
+    architecture,
+    compiled,
+    shared_memory_limit,
+    tensor_map,
+)
 
 GROUP_SIZE = 64  # weights along the inputs that share one absmax
 TILE_OUT = 256
 CHUNK_IN = 128
+_HALF_CHUNK = CHUNK_IN // 2
 _CODE_BYTES = TILE_OUT * CHUNK_IN // 2
 _CHUNK_BYTES = _CODE_BYTES + TILE_OUT * CHUNK_IN // GROUP_SIZE * 4
+_BARRIER_BYTES = 128  # in shared memory, behind the stages
 _ZERO_CODE = 7  # the level that is 0
 _MIN_ABSMAX = 1e-30  # a smaller one counts as 0: the kernel divides by it
 
@@ -212,10 +221,11 @@ def kernel_source(arch: str, shared_limit: int) -> tuple[str, dict[int, "Tile"]]
         stage_bytes = _CHUNK_BYTES + tokens * CHUNK_IN * 2
         # Hopper starts the next kernel early: leave room for the blocks of the one before it.
         room = shared_limit - 256 * stride - (24 * 1024 if has_wgmma and tokens <= 64 else 0)
-        stages = min(room // stage_bytes, 6)
-        if stages >= (3 if with_wgmma else 2) and (tokens <= 64 or with_wgmma):
+        stages = min((room - _BARRIER_BYTES) // stage_bytes, 6)
+        if stages >= (3 if has_wgmma else 2) and (tokens <= 64 or with_wgmma):
             threads = 256 if tokens == 64 and not with_wgmma else 512
-            tiles[tokens] = Tile(threads, 256 * stride + stages * stage_bytes, stages, with_wgmma)
+            shared_bytes = 256 * stride + stages * stage_bytes + _BARRIER_BYTES
+            tiles[tokens] = Tile(threads, shared_bytes, stages, with_wgmma)
     defines = [f"#define TABLE_STRIDE {stride}", f"#define LEVEL_FACTOR {LEVEL_FACTOR}f"]
     for tokens, tile in tiles.items():
         prefix = "WGMMA_" if tile.with_wgmma else ""
@@ -244,7 +254,7 @@ def _padded(matrix: torch.Tensor, rows: int, columns: int, value: float) -> torc
 def _wgmma_source(sizes: tuple[int, ...]) -> str:
     """Wrappers of wgmma.m64nNk16, A in registers: an instruction names each register it takes."""
     lines = [
-        "#define HAS_WGMMA",
+        "#define IS_HOPPER",
         "__device__ __forceinline__ void wgmma_fence() {",
         '    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");\n}',
         "__device__ __forceinline__ void wgmma_commit() {",
@@ -292,10 +302,11 @@ class _Kernels:
         self.max_fused_rows = 320 if 128 in tiles else 192
         self._device_index = 0 if device.index is None else device.index
         self._level_words = _level_words()
+        self._has_tensor_maps = arch == "sm_90a"
         self._partials = {
             tokens: Kernel(
                 module.function(f"nf4_partials_{tokens}"),
-                "PPPq4i3i8I",
+                f"{'128s' if self._has_tensor_maps else ''}PPPq4i3i8I",
                 threads=tile.threads,
                 shared_bytes=tile.shared_bytes,
                 is_dependent=is_dependent,
@@ -321,9 +332,14 @@ class _Kernels:
         split = self.split(weight)
         tile = next((size for size in self._partials if size >= num_tokens), max(self._partials))
         token_tiles = -(-num_tokens // tile)
+        x_map: tuple[bytes, ...] = ()
+        if self._has_tensor_maps:
+            shape = (num_tokens, weight.in_features)
+            x_map = (tensor_map(x.data_ptr(), shape, x.stride(0), (tile, _HALF_CHUNK)),)
         self._partials[tile](
             (split.num_workers * token_tiles, 1, 1),
             self._device_index,
+            *x_map,
             weight.packed.data_ptr(),
             x.data_ptr(),
             workspace.data_ptr(),

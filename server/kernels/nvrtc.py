@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +19,10 @@ import torch
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _MAX_SHARED_PER_BLOCK_OPTIN = 97  # CUdevice_attribute
+
+_TENSOR_MAP_BFLOAT16 = 9  # CUtensorMapDataType
+_TENSOR_MAP_SWIZZLE_128B = 3
+_TENSOR_MAP_L2_PROMOTION_128B = 2
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -63,7 +67,7 @@ class Kernel:
             )
         self._function = function
         self._struct = struct.Struct("@" + params_format)
-        self._params = ctypes.create_string_buffer(self._struct.size + 8)  # C pads it
+        self._params = ctypes.create_string_buffer(self._struct.size + 64)  # C pads it
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._params))
         self._attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
@@ -76,7 +80,9 @@ class Kernel:
         self._config_pointer = ctypes.pointer(self._config)
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, grid: tuple[int, int, int], device_index: int, *params: int | float) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], device_index: int, *params: int | float | bytes
+    ) -> None:
         """Launch on the device's current stream. Not to be called from two threads at once."""
         self._struct.pack_into(self._params, 0, *params)
         self._config.grid[:] = grid
@@ -122,6 +128,36 @@ def shared_memory_limit(device: torch.device) -> int:
         "asking for the shared memory limit",
     )
     return value.value
+
+
+@lru_cache(maxsize=1024)  # the same buffers come again and again
+def tensor_map(address: int, shape: tuple[int, int], stride: int, box: tuple[int, int]) -> bytes:
+    """Describe a bf16 matrix to the copy engine (compute capability 9.0 on), for boxes of it.
+
+    In shared memory a box's rows of 128 bytes have their 16-byte pieces swizzled (piece ^ row % 8);
+    what is outside the matrix arrives as zeros.
+
+    shape   rows and columns; stride: elements from row to row
+    box     rows and columns; 64 columns
+    """
+    storage = ctypes.create_string_buffer(128 + 64)
+    aligned = -(-ctypes.addressof(storage) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(aligned),
+        _TENSOR_MAP_BFLOAT16,
+        2,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(shape[1], shape[0]),
+        (ctypes.c_uint64 * 1)(stride * 2),
+        (ctypes.c_uint32 * 2)(box[1], box[0]),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,  # not interleaved
+        _TENSOR_MAP_SWIZZLE_128B,
+        _TENSOR_MAP_L2_PROMOTION_128B,
+        0,  # zeros outside
+    )
+    _check(status, f"describing a matrix of {shape} for the copy engine")
+    return ctypes.string_at(aligned, 128)
 
 
 def compiled(source: str, arch: str, options: tuple[str, ...] = ()) -> bytes:

@@ -217,6 +217,17 @@ def test_scattered_pages_that_span_as_much_as_neighbours_are_gathered_one_by_one
     assert allowed_rows(step, 20) == [[0, 1, 18, 19], [2, 3], [6, 7]]
 
 
+def test_adapters_on_neighbouring_pages_need_no_gather_whichever_comes_first() -> None:
+    adapters = Adapters({"a": [2], "b": [1], "c": [3]})
+    parts = [decode(make_request([1], [2], adapter=digest), 1) for digest in "acb"]
+
+    step = build(parts, adapters=adapters)
+
+    assert step.lora is not None
+    assert step.lora.rows == slice(2, 8)
+    assert allowed_rows(step, 10) == [[4, 5], [6, 7], [2, 3]]
+
+
 def test_gain_rows_name_the_tokens_of_dora_adapters_alone() -> None:
     adapters = Adapters({"plain": [0], "dora": [1], "other": [2]}, gain={"dora": 3, "other": 4})
     requests = [make_request([1, 2], [3], adapter=name) for name in ("dora", "plain", "other")]

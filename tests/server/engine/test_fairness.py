@@ -134,7 +134,7 @@ def test_counters_of_adapters_long_gone_are_forgotten_once_they_say_nothing(
     monkeypatch.setattr(fairness, "_MAX_IDLE_COUNTERS", 3)
     queue = filled(make_request("waits"))
     queue.charge("waits", 50, is_decode=False)
-    for key, tokens in [("gone", 10), ("owes", 90)]:
+    for key, tokens in [("gone", 10), ("owes", 90), ("last", 10)]:
         request = make_request(key)
         queue.push(request)
         queue.admit(request, now=0.0)
@@ -147,6 +147,7 @@ def test_counters_of_adapters_long_gone_are_forgotten_once_they_say_nothing(
 
     assert queue.served("gone") == 0  # whoever returns starts level with `waits` anyway
     assert (queue.served("owes"), queue.served("waits")) == (140, 100)
+    assert queue.served("last") == 60  # the level of a newcomer once nobody waits
 
 
 def test_the_most_overdue_is_the_one_whose_adapter_had_no_turn_for_longest() -> None:

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from adapters.manifest import BaseShape
 from adapters.registry import Registry
-from server.bench_baseline import PeftBaseline
-from server.bench_timing import Timing
-from server.bench_workload import ADAPTER_RANK, save_random_adapter
+from server.bench.baseline import PeftBaseline
+from server.bench.http import HttpSystem
+from server.bench.timing import Timing
+from server.bench.workload import ADAPTER_RANK, save_random_adapter
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
 from server.engine.build import build_engine
 from server.engine.engine import Engine
@@ -39,7 +40,8 @@ class BenchOptions:
     prompt_tokens: int = 64
     new_tokens: int = 64
     rounds: int = 3
-    baseline: bool = True
+    baseline: bool = True  # transformers + PEFT beside it
+    http: bool = True  # and the same batches through a server process
     json_file: Path | None = None
 
 
@@ -71,6 +73,8 @@ class TurnoutSystem:
         registry = Registry.open(store, shape)
         revisions = [registry.push(f"a{i}", folder) for i, folder in enumerate(folders)]
         registry.close()
+        self.names = [revision.name for revision in revisions]
+        self.bank_rows = bank_rows
         self._adapters = [AdapterRef(r.digest, r.num_rank_rows) for r in revisions]
         self.engine, self.info = build_engine(config, lambda stage, fraction: None)
         self._sampling = SamplingParams(
@@ -106,6 +110,9 @@ class TurnoutSystem:
         )
 
 
+System = TurnoutSystem | PeftBaseline | HttpSystem
+
+
 def run(options: BenchOptions) -> list[Row]:
     """Measure every case, print the table, and return its rows."""
     console = Console()
@@ -116,10 +123,20 @@ def run(options: BenchOptions) -> list[Row]:
             for i in range(options.num_adapters)
         ]
         turnout = TurnoutSystem(options, folders, Path(scratch) / "store")
-        systems: list[TurnoutSystem | PeftBaseline] = [turnout]
+        systems: list[System] = [turnout]
         if options.baseline:
             systems.append(PeftBaseline(options.model, folders, options.new_tokens))
-        rows = _measure(options, systems, spec.vocab_size, console)
+        if options.http:
+            store = Path(scratch) / "store"
+            http = HttpSystem(
+                options.model, turnout.names, store, options.new_tokens, turnout.bank_rows
+            )
+            systems.append(http)
+        try:
+            rows = _measure(options, systems, spec.vocab_size, console)
+        finally:
+            if options.http:
+                http.close()
     _print(rows, options, turnout, console)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -128,7 +145,7 @@ def run(options: BenchOptions) -> list[Row]:
 
 def _measure(
     options: BenchOptions,
-    systems: list[TurnoutSystem | PeftBaseline],
+    systems: list[System],
     vocab_size: int,
     console: Console,
 ) -> list[Row]:
@@ -190,30 +207,30 @@ def _print(
     )
     for column in ("adapters", "batch"):
         table.add_column(column)
-    for column in (
-        "prefill",
-        "decode",
-        "total",
-        "PEFT prefill",
-        "PEFT decode",
-        "PEFT total",
-        "ratio",
-    ):
-        table.add_column(column, justify="right")
-    of_peft = {(row.adapters, row.batch): row for row in rows if row.system != turnout.name}
+    table.add_column("prefill", justify="right")
+    table.add_column("decode", justify="right")
+    table.add_column("total", justify="right")
+    for other in (PeftBaseline.name, HttpSystem.name):
+        table.add_column(f"{other}: total", justify="right")
+        table.add_column("ratio", justify="right")
+    found = {(row.system, row.adapters, row.batch): row for row in rows}
     for row in rows:
         if row.system != turnout.name:
             continue
-        cells = [row.adapters, str(row.batch), *_cells(row)]
-        peft = of_peft.get((row.adapters, row.batch))
-        if peft is not None:
-            cells += [*_cells(peft), f"{row.total_tok_s / peft.total_tok_s:.1f}x"]
-        table.add_row(*cells)
+        cells = [f"{v:,.0f}" for v in (row.prefill_tok_s, row.decode_tok_s, row.total_tok_s)]
+        for other in (PeftBaseline.name, HttpSystem.name):
+            beside = found.get((other, row.adapters, row.batch))
+            cells += _compared(row, beside) if beside is not None else ["", ""]
+        table.add_row(row.adapters, str(row.batch), *cells)
     console.print(table)
 
 
-def _cells(row: Row) -> list[str]:
-    return [f"{v:,.0f}" for v in (row.prefill_tok_s, row.decode_tok_s, row.total_tok_s)]
+def _compared(row: Row, beside: Row) -> list[str]:
+    """The other system's figure, and how it and ours relate: ours over PEFT's, HTTP's over ours."""
+    ratio = row.total_tok_s / beside.total_tok_s
+    if beside.system == HttpSystem.name:
+        ratio = 1 / ratio
+    return [f"{beside.total_tok_s:,.0f}", f"{ratio:.2f}"]
 
 
 def _sleep_if_stalled(engine: Engine) -> None:

@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 
-from server.bench_timing import Timing
+from server.bench.timing import Timing
 from server.config import ModelConfig
 
 
@@ -31,6 +31,7 @@ class PeftBaseline:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
+        transformers.utils.logging.disable_progress_bar()
         with warnings.catch_warnings(action="ignore"):
             base = transformers.AutoModelForCausalLM.from_pretrained(model.path, **options)
             self._model: Any = peft.PeftModel.from_pretrained(base, str(folders[0]), "a0")
