@@ -1,5 +1,6 @@
 """The `turnout` command. A subcommand imports what it runs, so that --help loads no torch."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, get_args
@@ -176,8 +177,19 @@ def new(
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what the operator did wrong is one line on stderr and exit code 1."""
+    _limit_spinning()
     try:
         app(args)
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"turnout: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _limit_spinning() -> None:
+    """Let torch's CPU threads sleep after waiting 0.6 ms for each other, before torch is loaded.
+
+    By default they spin on for 20 ms, and one more busy process then costs a step 30 times its
+    time; with this, four times, and nothing on a machine at rest (docs/performance.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

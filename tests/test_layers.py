@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.adapter_admin": ("adapters", *SHARED),
     "server.adapters_cli": ("server.adapter_admin", "server.default_base", *SHARED),
     "server.doctor": ("server.engine", "server.model", "server.kernels", *SHARED),
-    "server.bench": ("server.engine", "server.model", "adapters", *SHARED),
+    "server.bench": ("server.engine", "server.model", "server.adapter_admin", "adapters", *SHARED),
     "server.__main__": (
         "server.api",
         "server.engine",

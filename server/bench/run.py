@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adapters.manifest import BaseShape
 from adapters.registry import Registry
+from server.adapter_admin import base_shape
 from server.bench.baseline import PeftBaseline
 from server.bench.http import HttpSystem
 from server.bench.timing import Timing
@@ -69,8 +69,7 @@ class TurnoutSystem:
             cache=CacheConfig(prefix_caching=False),
             adapters=AdapterConfig(store=store, bank_rows=bank_rows),
         )
-        shape = BaseShape.from_config(options.model.path, options.model.name, "bench")
-        registry = Registry.open(store, shape)
+        registry = Registry.open(store, base_shape(options.model))
         revisions = [registry.push(f"a{i}", folder) for i, folder in enumerate(folders)]
         registry.close()
         self.names = [revision.name for revision in revisions]

@@ -231,9 +231,6 @@ class EngineClient:
             endpoint,
             str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
-            # On a CPU the engine's threads share the cores with this process: spinning while they
-            # wait for each other costs up to 16 times the step (docs/performance.md).
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(encode_config(self._config))

@@ -100,7 +100,7 @@ class Sampler:
         """
         vocab = probs.shape[-1]
         top_k = self._column([min(p.top_k or vocab, vocab) for p in params], torch.int64)
-        top_p = self._column([p.top_p if p.top_p < 1 else math.inf for p in params], torch.float64)
+        top_p = self._column([p.top_p for p in params], torch.float64)
         num_sorted = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
         while True:
             values = probs.topk(num_sorted, dim=-1).values.double()  # sorted, largest first

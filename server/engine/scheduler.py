@@ -142,10 +142,8 @@ class Scheduler:
         overdue = self._find_overdue(now)
         while overdue is not None:
             is_in = self._try_admit(overdue, budget, now)
-            only_needs_time = (
-                budget.remaining == 0 or overdue.num_pending or self._is_loading(overdue)
-            )
-            if is_in or only_needs_time:
+            has_no_budget = budget.remaining == 0 and self._free_rows
+            if is_in or has_no_budget or self._is_loading(overdue):  # it needs no place, only time
                 overdue = None
             elif not self._make_way(overdue, budget, now):
                 break
@@ -221,7 +219,7 @@ class Scheduler:
         First the leases of those that wait too, then a place in the step from one that has had its
         turn. False if nobody has yet: then the request waits for it.
         """
-        if _lacks_bank(request) and self._take_idle_leases(request):
+        if _lacks_bank(request) and self._take_idle_leases():
             return True
         victims = [other for other in self.running if self._had_turn(other, request, now)]
         if _lacks_bank(request):  # only adapters that nobody else runs on leave the bank
@@ -244,14 +242,10 @@ class Scheduler:
             is_other and has_prompt_behind and now - other.admitted_time > self._config.max_wait_s
         )
 
-    def _take_idle_leases(self, request: Request) -> bool:
+    def _take_idle_leases(self) -> bool:
         """Release the ready adapters that other waiting requests hold; False if there are none."""
         idle = [
-            other
-            for other in self.waiting
-            if other.holds_adapter
-            and other.fairness_key != request.fairness_key
-            and not self._is_loading(other)
+            other for other in self.waiting if other.holds_adapter and not self._is_loading(other)
         ]
         for other in idle:
             self._release_adapter(other)

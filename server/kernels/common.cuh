@@ -30,9 +30,7 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool is_valid) 
     const int bytes = is_valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
 }
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;");
-}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -40,7 +38,9 @@ __device__ __forceinline__ void wait_for_copies() {
 
 __device__ __forceinline__ uint4 load_shared16(u32 address) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
     return v;
 }
 __device__ __forceinline__ float2 load_shared8(u32 address) {
@@ -74,12 +74,8 @@ __device__ __forceinline__ u32 to_bf16x2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
-__device__ __forceinline__ float low_bf16(u32 pair) {
-    return __uint_as_float(pair << 16);
-}
-__device__ __forceinline__ float high_bf16(u32 pair) {
-    return __uint_as_float(pair & 0xffff0000u);
-}
+__device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Split-K over an NF4 matrix. It is cut into chunks of TILE_OUT outputs x CHUNK_IN inputs, numbered with the inputs
 // running fastest, and dealt to `num_workers` workers in equal runs. A tile's partial sums are in as many slots
@@ -90,8 +86,13 @@ constexpr int CHUNK_IN = 128;
 struct SplitK {
     int chunks_per_tile, num_chunks, num_workers;
 
-    __device__ __forceinline__ int worker_of(int chunk) const {
-        return ((chunk + 1) * num_workers - 1) / num_chunks;  // the host keeps the product below 2**31
+    __device__ __forceinline__ int worker_of(int chunk) const {  // ((chunk + 1) * num_workers - 1) / num_chunks
+        const int dividend = (chunk + 1) * num_workers - 1;      // the host keeps it below 2**31
+        int quotient = static_cast<int>(dividend * reciprocal(num_chunks));  // off by one at most
+        const int rest = dividend - quotient * num_chunks;
+        quotient += rest >= num_chunks;
+        quotient -= rest < 0;
+        return quotient;
     }
     __device__ __forceinline__ int first_chunk(int worker) const { return num_chunks * worker / num_workers; }
     __device__ __forceinline__ int num_slots(int tile) const {

@@ -162,11 +162,12 @@ def test_bench_passes_its_options_on(
     fake_module: Callable[..., None], turnout: Turnout, tiny_base: Path
 ) -> None:
     seen: list[dict[str, Any]] = []
-    fake_module("server.bench", run=seen.append)
+    fake_module("server.bench.run", run=seen.append, BenchOptions=dict)
     turnout("bench", "--base", tiny_base, "--batch", 2, "--batch", 8, "--no-baseline")
     (options,) = seen
     assert options["model"].path == tiny_base
     assert (options["batch_sizes"], options["baseline"]) == ((2, 8), False)
+    assert options["http"]
 
 
 def test_an_option_with_a_bad_value_is_said_in_one_line(

@@ -350,6 +350,34 @@ def test_host_memory_forgets_the_least_recently_used_first() -> None:
     assert ("evicted", "m", "host") in setup.events()
 
 
+def test_a_use_from_host_memory_is_a_use_there_too() -> None:
+    setup = Setup()
+    setup.load(MIDDLE, ALSO_MIDDLE)  # 40 of 45 bytes
+    setup.cache.acquire(LARGE)
+    setup.cache.acquire(AdapterRef("filler", 5))
+    setup.bank.damaged = {"l": ValueError(), "filler": ValueError()}
+    setup.settle()  # both are out of the bank, and in host memory
+    assert (setup.cache.tier("m"), setup.cache.tier("n")) == ("host", "host")
+
+    setup.load(MIDDLE)
+    setup.load(SMALL)
+
+    setup.cache.acquire(LARGE)
+    assert setup.cache.num_host_bytes == 30
+    assert ("evicted", "n", "host") in setup.events()
+
+
+def test_pages_given_back_in_any_order_are_neighbours_again() -> None:
+    setup = Setup()
+    setup.load(SMALL, ALSO_SMALL)  # pages 0 | 1
+    setup.cache.drop("t")
+    setup.cache.drop("s")
+
+    setup.load(LARGE)
+
+    assert setup.cache.pages("l") == [0, 1, 2, 3]
+
+
 def test_an_adapter_larger_than_host_memory_flushes_nobody_else_from_it() -> None:
     setup = Setup()
     setup.load(MIDDLE, ALSO_MIDDLE)

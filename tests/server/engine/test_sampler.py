@@ -237,7 +237,7 @@ def test_greedy_takes_the_likeliest_token_beside_rows_that_are_drawn() -> None:
     assert (tokens[0], tokens[2]) == (1, 2)
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e-30, 1e-6])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_as_the_temperature_falls_towards_nothing_sampling_becomes_greedy(
     temperature: float, scale: float

@@ -464,17 +464,17 @@ def test_a_newcomer_takes_no_more_than_its_turn_from_an_adapter_served_for_long(
 
 
 def test_tokens_of_a_request_that_gives_way_in_the_same_step_are_not_charged() -> None:
-    simulation = Simulation(num_blocks=6, block_size=4, prefix_caching=False)
-    simulation.load(ONE_PAGE, ALSO_ONE)
-    simulation.add([1, 2, 3, 4, 5, 6, 7], ONE_PAGE, max_tokens=12)
-    new = simulation.add([7, 6, 5, 4, 3, 2], ALSO_ONE, max_tokens=12)
-    while not simulation.scheduler.num_preemptions:
-        charged = simulation.scheduler.waiting.served("b")
-        planned = simulation.step()
+    simulation = Simulation(max_running=1, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1, 2, 3], ONE_PAGE, max_tokens=50)
+    simulation.step()
+    simulation.now += 6
+    simulation.add([1], age_s=6)
 
-    assert planned is not None
-    assert all(part.request is not new for part in planned.parts)
-    assert simulation.scheduler.waiting.served("b") == charged
+    simulation.step()
+
+    assert simulation.scheduler.num_preemptions == 1
+    assert simulation.scheduler.waiting.served("a") == 3
 
 
 def test_when_more_adapters_are_wanted_than_fit_each_has_its_turn_in_bounded_time() -> None:
@@ -541,17 +541,34 @@ def test_an_overdue_request_waits_where_nobody_has_had_a_turn() -> None:
 
 def test_nobody_gives_way_before_its_prompt_is_computed() -> None:
     """A prompt that takes longer than a turn would otherwise never come to its end."""
-    simulation = Simulation(max_running=2, max_step_tokens=4, max_wait_s=5.0)
+    simulation = Simulation(max_running=1, max_step_tokens=4, max_wait_s=5.0)
     simulation.load(ALSO_ONE)
     long = simulation.add(range(40), max_tokens=5)
     simulation.step()
-    simulation.add([1], ALSO_ONE, max_tokens=5, age_s=1.0)
-    simulation.add([1], ALSO_ONE, max_tokens=5, age_s=1.0)
+    simulation.add([1], ALSO_ONE, max_tokens=5)
 
-    while long.num_computed_tokens < 40:
+    while not long.output_ids:
         simulation.now += 6
         simulation.step()
-        assert long in simulation.scheduler.running
+        assert simulation.scheduler.running == [long]
+    simulation.step()
+
+    assert list(simulation.scheduler.waiting) == [long]
+
+
+def test_an_overdue_request_takes_nobodys_place_where_the_step_is_only_full_of_prompts() -> None:
+    simulation = Simulation(max_running=3, max_step_tokens=3, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    veteran = simulation.add([1], max_tokens=50)
+    simulation.step()
+    simulation.now += 6
+    long = simulation.add(range(40), max_tokens=5)
+    simulation.step()
+    simulation.add([1], ONE_PAGE, max_tokens=5, age_s=6)
+
+    simulation.step()
+
+    assert simulation.scheduler.running == [veteran, long]
 
 
 def test_an_overdue_request_preempts_none_of_its_own_adapter() -> None:
@@ -579,6 +596,7 @@ def test_making_room_in_the_bank_preempts_no_request_of_the_base() -> None:
     simulation.step()
 
     assert simulation.scheduler.running == base
+    assert simulation.scheduler.num_preemptions == 1
     assert holder in list(simulation.scheduler.waiting)
     assert overdue.holds_adapter
 
@@ -643,3 +661,130 @@ def test_a_young_request_may_pass_one_that_waits_for_blocks() -> None:
     simulation.step()
 
     assert small in simulation.scheduler.running
+
+
+def test_the_newest_request_gives_way_to_itself_where_its_own_growth_finds_no_block() -> None:
+    simulation = Simulation(num_blocks=4, block_size=4, prefix_caching=False)
+    old = simulation.add([1] * 9, max_tokens=4)
+    new = simulation.add([2] * 4, max_tokens=4)
+    simulation.step()
+
+    simulation.step()
+
+    assert simulation.scheduler.running == [old]
+    assert list(simulation.scheduler.waiting) == [new]
+    simulation.run()
+    assert new.output_ids == simulation.expected(new)
+
+
+def test_a_request_that_gave_way_waits_from_then_on_before_it_counts_as_overdue() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    old = simulation.add([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    simulation.add([7, 6, 5, 4, 3, 2, 1], ONE_PAGE, max_tokens=12)
+    simulation.step()
+    simulation.now += 6
+    while not simulation.scheduler.num_preemptions:
+        simulation.step()
+
+    simulation.step()
+
+    assert simulation.scheduler.running == [old]
+    assert simulation.scheduler.num_preemptions == 1
+
+
+def test_a_preempted_request_does_not_return_in_the_same_step_without_its_pending_token() -> None:
+    simulation = Simulation(overlap=True, num_blocks=11, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    large = simulation.add([2] * 29, ALSO_ONE, max_tokens=12)
+    small = simulation.add([1], ONE_PAGE, max_tokens=12)
+    simulation.step()
+    simulation.step()
+    simulation.scheduler.waiting.charge("a", 1000, is_decode=False)  # so that it is preempted first
+    simulation.now += 6
+    overdue = simulation.add([3] * 20, max_tokens=3, age_s=6)
+
+    simulation.step()
+
+    assert overdue in simulation.scheduler.running
+    assert small in list(simulation.scheduler.waiting)
+    simulation.run()
+    for request in (large, small, overdue):
+        assert request.output_ids == simulation.expected(request)
+
+
+def test_aborting_a_request_whose_chunk_is_in_flight_leaves_nothing_to_remember() -> None:
+    simulation = Simulation(overlap=True, max_step_tokens=8, block_size=4)
+    request = simulation.add(range(30))
+    simulation.step()
+
+    simulation.engine.abort(request.request_id)
+    simulation.run()
+
+    again = simulation.add(range(30))
+    simulation.run()
+    assert again.num_cached_tokens == 0
+
+
+def test_a_prompt_of_one_token_is_a_chunk_and_not_a_decode_row() -> None:
+    simulation = Simulation()
+    simulation.add([5], max_tokens=1)
+
+    plan = simulation.step()
+
+    assert plan is not None
+    assert (len(plan.decodes), len(plan.chunks)) == (0, 1)
+
+
+def test_of_those_that_had_a_turn_the_adapter_served_most_gives_way() -> None:
+    simulation = Simulation(max_running=2, max_wait_s=5.0)
+    simulation.load(ONE_PAGE, ALSO_ONE)
+    served_less = simulation.add([1], ONE_PAGE, max_tokens=50)
+    served_more = simulation.add([1] * 9, ALSO_ONE, max_tokens=50)
+    simulation.step()
+    simulation.now += 6
+    overdue = simulation.add([1], max_tokens=50, age_s=6)
+
+    simulation.step()
+
+    assert simulation.scheduler.running == [served_less, overdue]
+    assert list(simulation.scheduler.waiting) == [served_more]
+
+
+def test_an_overdue_request_gets_in_where_decodes_alone_fill_every_step() -> None:
+    simulation = Simulation(max_running=2, max_step_tokens=2, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    for _ in range(2):
+        simulation.add([1], max_tokens=200)
+    simulation.step()
+    simulation.now += 6
+    overdue = simulation.add([1], ONE_PAGE, max_tokens=2, age_s=6)
+
+    simulation.step()
+
+    assert overdue in simulation.scheduler.running
+
+
+def test_an_overdue_request_leaves_a_load_that_is_under_way_to_those_who_wait_for_it() -> None:
+    simulation = Simulation(num_pages=1, max_wait_s=5.0)
+    loading = simulation.add([1], ONE_PAGE)
+    simulation.step()
+    simulation.add([1], ALSO_ONE, age_s=6)
+
+    simulation.step()
+
+    assert loading.holds_adapter
+
+
+def test_while_an_overdue_request_waits_for_blocks_the_base_takes_none_either() -> None:
+    simulation = Simulation(num_blocks=8, block_size=4, max_wait_s=5.0)
+    simulation.load(ONE_PAGE)
+    simulation.add([1] * 17, max_tokens=8)
+    simulation.step()
+    overdue = simulation.add([2] * 17, ONE_PAGE, max_tokens=4, age_s=6)
+    small = simulation.add([1], max_tokens=1)
+
+    simulation.step()
+
+    assert overdue.holds_adapter
+    assert {overdue, small} <= set(simulation.scheduler.waiting)

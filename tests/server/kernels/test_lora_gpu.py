@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.kernels import lora_gpu, nf4_linear, nvrtc
-from server.kernels.lora_gpu import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
+from server.kernels import lora_gpu, nf4_linear, nf4_pack, nvrtc
+from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -93,6 +93,17 @@ class TestStep:
         assert step.addresses() == before
         assert step.view("header").tolist() == [0] * 8
 
+    def test_a_step_like_the_one_before_is_not_written_again(self) -> None:
+        step = make_step(4)
+        pages = [[4], [7]]
+        step.fill([0, 1], pages, [NO_GAIN, NO_GAIN])
+        step.device_buffer.zero_()
+        step.fill([0, 1], [[4], [7]], [NO_GAIN, NO_GAIN])
+        assert step.device_buffer.count_nonzero() == 0
+        pages[1].append(8)  # a caller may change what it passed before
+        step.fill([0, 1], pages, [NO_GAIN, NO_GAIN])
+        assert step.view("small_tiles")[12 + 5] == 2
+
     def test_the_worst_batch_fits(self) -> None:
         for num_tokens in (64, 65, 2000):
             step = make_step(num_tokens)
@@ -126,7 +137,7 @@ def test_the_reference_is_the_formula_of_lora() -> None:
 
 
 @pytest.mark.skipif(not nvrtc.is_available(), reason="needs NVRTC")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
 def test_the_source_compiles_for_each_architecture(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +298,7 @@ class TestOnGpu:
         out_features = sum(GATE_UP)
         qweight = torch.randint(0, 256, (out_features, 512), dtype=torch.uint8, device="cuda")
         absmax = torch.rand(out_features, 16, device="cuda") * 0.05
-        weight = nf4_linear.pack(qweight, absmax)
+        weight = nf4_pack.pack(qweight, absmax)
         x = torch.randn(num_tokens, 1024, device="cuda").bfloat16()
         columns = out_features // 2 if with_silu else out_features
         residual = torch.randn(num_tokens, columns, device="cuda").bfloat16()
@@ -303,7 +314,7 @@ class TestOnGpu:
             residual=residual if with_residual else None,
             with_silu=with_silu,
         )
-        linear = x.double() @ nf4_linear.dequantize_reference(weight).double().T
+        linear = x.double() @ nf4_pack.dequantize_reference(weight).double().T
         expected = reference(case, linear, x, adapters)
         if with_silu:
             gate, up = expected.chunk(2, dim=1)
@@ -315,7 +326,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("num_tokens", [1, 16, 33, 64, 100])
     def test_finish_without_a_step_is_reduce(self, num_tokens: int) -> None:
         qweight = torch.randint(0, 256, (1600, 512), dtype=torch.uint8, device="cuda")
-        weight = nf4_linear.pack(qweight, torch.rand(1600, 16, device="cuda"))
+        weight = nf4_pack.pack(qweight, torch.rand(1600, 16, device="cuda"))
         x = torch.randn(num_tokens, 1024, device="cuda").bfloat16()
         workspace = nf4_linear.partial_sums(x, weight)
         split = nf4_linear.split_of(weight)

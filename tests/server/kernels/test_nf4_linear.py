@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.kernels import nf4_linear, nvrtc
-from server.kernels.nf4_linear import LEVELS, NF4LinearWeight, SplitK
+from server.kernels import nf4_linear, nf4_pack, nvrtc
+from server.kernels.nf4_pack import LEVELS, NF4LinearWeight, SplitK
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -45,12 +45,12 @@ class TestLayout:
         self, out_features: int, in_features: int
     ) -> None:
         qweight, absmax = random_matrix(out_features, in_features)
-        unpacked = nf4_linear.unpack(nf4_linear.pack(qweight, absmax))
+        unpacked = nf4_pack.unpack(nf4_pack.pack(qweight, absmax))
         torch.testing.assert_close(unpacked, (qweight, absmax), rtol=0, atol=0)
 
     def test_a_lane_finds_the_bytes_of_its_operand_together(self) -> None:
         qweight, absmax = random_matrix(512, 256)
-        packed = nf4_linear.pack(qweight, absmax).packed
+        packed = nf4_pack.pack(qweight, absmax).packed
         rng = random.Random(0)
         for _ in range(500):
             tile, chunk, unit, half = (
@@ -67,9 +67,9 @@ class TestLayout:
             assert packed[tile, chunk, at] == qweight[row, column // 2]
 
     def test_padding_decodes_to_zero(self) -> None:
-        weight = nf4_linear.pack(*random_matrix(72, 64))
+        weight = nf4_pack.pack(*random_matrix(72, 64))
         whole = NF4LinearWeight(weight.packed, 256, 128)
-        dequantized = nf4_linear.dequantize_reference(whole)
+        dequantized = nf4_pack.dequantize_reference(whole)
         assert dequantized[72:].count_nonzero() == 0
         assert dequantized[:, 64:].count_nonzero() == 0
 
@@ -77,15 +77,15 @@ class TestLayout:
         qweight, absmax = random_matrix(64, 128)
         absmax[3, 1] = 0.0
         absmax[5, 0] = -1e-38
-        weight = nf4_linear.pack(qweight, absmax)
-        assert nf4_linear.unpack(weight)[1].abs().min() > 1e-30
+        weight = nf4_pack.pack(qweight, absmax)
+        assert nf4_pack.unpack(weight)[1].abs().min() > 1e-30
         expected = plain_dequantize(qweight, absmax)
         expected[5, :64] = 0.0
-        torch.testing.assert_close(nf4_linear.dequantize_reference(weight), expected)
+        torch.testing.assert_close(nf4_pack.dequantize_reference(weight), expected)
 
     def test_inputs_that_do_not_fill_their_groups_are_refused(self) -> None:
         with pytest.raises(ValueError, match="multiples of 64, not 96"):
-            nf4_linear.pack(torch.zeros(8, 48, dtype=torch.uint8), torch.zeros(8, 1))
+            nf4_pack.pack(torch.zeros(8, 48, dtype=torch.uint8), torch.zeros(8, 1))
 
     def test_it_holds_what_bitsandbytes_quantized(self) -> None:
         pytest.importorskip("bitsandbytes")
@@ -94,7 +94,7 @@ class TestLayout:
         matrix = torch.randn(96, 192, generator=torch.Generator().manual_seed(0))
         quantized = nf4.quantize(matrix)
         assert quantized.levels.tolist() == list(LEVELS)
-        weight = nf4_linear.pack(quantized.qweight, quantized.absmax())
+        weight = nf4_pack.pack(quantized.qweight, quantized.absmax())
         expected = quantized.dequantize(torch.bfloat16)
         torch.testing.assert_close(nf4_linear.dequantize(weight), expected, rtol=0, atol=0)
 
@@ -126,7 +126,7 @@ class TestWithoutGpu:
     def test_the_linear_on_a_cpu_is_the_reference(self) -> None:
         qweight, absmax = random_matrix(72, 128)
         x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-        y = nf4_linear.nf4_linear(x, nf4_linear.pack(qweight, absmax))
+        y = nf4_linear.nf4_linear(x, nf4_pack.pack(qweight, absmax))
         expected = x.double() @ plain_dequantize(qweight, absmax).double().T
         assert y.dtype == torch.bfloat16
         assert relative_error(y, expected) < BF16_ROUNDING
@@ -142,7 +142,13 @@ class TestWithoutGpu:
     @pytest.mark.skipif(not nvrtc.is_available(), reason="needs NVRTC")
     @pytest.mark.parametrize(
         ("arch", "shared_limit"),
-        [("sm_80", 166912), ("sm_86", 101376), ("sm_89", 101376), ("sm_90a", 232448)],
+        [
+            ("sm_80", 166912),
+            ("sm_86", 101376),
+            ("sm_89", 101376),
+            ("sm_90a", 232448),
+            ("sm_120", 101376),
+        ],
     )
     def test_the_source_compiles_and_fits_each_architecture(
         self, arch: str, shared_limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,10 +201,10 @@ class TestOnGpu:
     ) -> None:
         qweight, absmax = random_matrix(out_features, in_features, device="cuda")
         absmax[0, 0] = 0.0
-        weight = nf4_linear.pack(qweight, absmax)
+        weight = nf4_pack.pack(qweight, absmax)
         x = torch.randn(400, in_features, device="cuda").bfloat16()
         expected = x.double() @ plain_dequantize(qweight, absmax).double().T
-        for rows in (*self.ROWS, 321, 400):
+        for rows in (*self.ROWS, 384, 400):
             y = nf4_linear.nf4_linear(x[:rows], weight)
             assert relative_error(y, expected[:rows]) < BF16_ROUNDING, rows
 
@@ -206,7 +212,7 @@ class TestOnGpu:
     def test_up_to_64_rows_a_row_has_the_same_bits_whatever_stands_beside_it(
         self, out_features: int, in_features: int
     ) -> None:
-        weight = nf4_linear.pack(*random_matrix(out_features, in_features, device="cuda"))
+        weight = nf4_pack.pack(*random_matrix(out_features, in_features, device="cuda"))
         x = torch.randn(64, in_features, device="cuda").bfloat16()
         together = nf4_linear.nf4_linear(x, weight)
         for rows in self.ROWS[:10]:
@@ -216,8 +222,24 @@ class TestOnGpu:
         backwards = nf4_linear.nf4_linear(x.flip(0), weight)
         assert torch.equal(backwards.flip(0), together)
 
+    @pytest.mark.parametrize("shared_limit", [101376, 166912])
+    def test_kernels_for_lesser_cards_give_the_same_bits(self, shared_limit: int) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        portable = nf4_linear._Kernels(device, nvrtc.architecture(device), shared_limit)
+        for out_features, in_features in SHAPES:
+            weight = nf4_pack.pack(*random_matrix(out_features, in_features, device="cuda"))
+            x = torch.randn(64, in_features, device="cuda").bfloat16()
+            expected = nf4_linear.nf4_linear(x, weight)
+            for rows in self.ROWS[:10]:
+                slots = portable.split(weight).num_slots
+                workspace = torch.full((slots, rows, out_features), torch.nan, device="cuda")
+                y = torch.empty(rows, out_features, device="cuda", dtype=torch.bfloat16)
+                portable.partial_sums(x[:rows], weight, workspace)
+                portable.reduce(workspace, weight, y)
+                assert torch.equal(y, expected[:rows]), (out_features, in_features, rows)
+
     def test_only_the_slots_of_a_tile_are_written_and_all_of_those(self) -> None:
-        weight = nf4_linear.pack(*random_matrix(6144, 4096, device="cuda"))
+        weight = nf4_pack.pack(*random_matrix(6144, 4096, device="cuda"))
         split = nf4_linear.split_of(weight)
         x = torch.randn(5, 4096, device="cuda").bfloat16()
         kernels = nf4_linear._kernels(x.device)
@@ -231,14 +253,14 @@ class TestOnGpu:
             assert columns[used:].isnan().all()
 
     def test_rows_may_be_part_of_wider_ones(self) -> None:
-        weight = nf4_linear.pack(*random_matrix(256, 576, device="cuda"))
+        weight = nf4_pack.pack(*random_matrix(256, 576, device="cuda"))
         wide = torch.randn(20, 1024, device="cuda").bfloat16()
         part = wide[:, 128 : 128 + 576]
         expected = nf4_linear.nf4_linear(part.contiguous(), weight)
         assert torch.equal(nf4_linear.nf4_linear(part, weight), expected)
 
     def test_a_row_that_is_not_finite_stays_alone(self) -> None:
-        weight = nf4_linear.pack(*random_matrix(256, 576, device="cuda"))
+        weight = nf4_pack.pack(*random_matrix(256, 576, device="cuda"))
         x = torch.randn(20, 576, device="cuda").bfloat16()
         clean = nf4_linear.nf4_linear(x, weight)
         x[3] = torch.inf
@@ -252,13 +274,12 @@ class TestOnGpu:
     ) -> None:
         qweight, absmax = random_matrix(out_features, in_features, device="cuda")
         expected = plain_dequantize(qweight, absmax).bfloat16()
-        assert torch.equal(nf4_linear.dequantize(nf4_linear.pack(qweight, absmax)), expected)
+        assert torch.equal(nf4_linear.dequantize(nf4_pack.pack(qweight, absmax)), expected)
 
     @pytest.mark.parametrize("rows", [1, 8, 33, 128])
     def test_a_captured_graph_gives_the_same_bits_when_replayed(self, rows: int) -> None:
         layers = [
-            nf4_linear.pack(*random_matrix(1024, 1024, seed=seed, device="cuda"))
-            for seed in range(4)
+            nf4_pack.pack(*random_matrix(1024, 1024, seed=seed, device="cuda")) for seed in range(4)
         ]
         x = torch.empty(rows, 1024, device="cuda", dtype=torch.bfloat16)
 
