@@ -48,7 +48,7 @@ def run(config: Config, *, example_adapters: bool = False) -> None:
 
 
 async def _serve(config: Config, *, example_adapters: bool) -> None:
-    url = f"http://{config.server.host}:{config.server.port}"
+    url = f"http://{_in_url(config.server.host)}:{config.server.port}"
     listener = _listen(config.server.host, config.server.port)
     metrics = Metrics(config.model.name)
     console = Console()
@@ -132,6 +132,13 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _in_url(host: str) -> str:
+    """An IPv6 address goes into brackets; where the host means every address, this one is said."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -69,7 +69,7 @@ class SchedulerConfig:
     max_step_tokens: int = 512  # prompt and decode tokens in one step
     max_running: int = 64  # requests in one step
     token_fair: bool = True  # between adapters; False is first come, first served
-    max_wait_s: float = 10.0  # a request older than this goes first, whatever its adapter has had
+    max_wait_s: float = 10.0  # an adapter whose requests wait longer goes first, and takes a place
     overlap: bool | None = None  # plan a step while the last one runs; None: on a GPU only
 
     def __post_init__(self) -> None:

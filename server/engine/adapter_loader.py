@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from adapters.manifest import AdapterManifest, ModuleEntry
 from server.engine.request import AdapterRef
@@ -28,6 +29,12 @@ class AdapterLoader:
         path = self._objects / f"{adapter.digest}.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"adapter object {adapter.digest} is not in the store")
+        try:
+            return self._read_object(path, adapter)
+        except (SafetensorError, msgspec.DecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"adapter object {adapter.digest} is damaged: {error}") from error
+
+    def _read_object(self, path: Path, adapter: AdapterRef) -> PackedAdapter:
         with safe_open(path, framework="pt") as stored:
             manifest = AdapterManifest.from_json(stored.metadata()["manifest"])
             if manifest.num_rank_rows != adapter.num_rank_rows:

@@ -27,8 +27,8 @@ from server.model.spec import ModelSpec, read_spec
 def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, EngineInfo]:
     """Load the base and set up everything around it. ValueError says what cannot be had."""
     spec = read_spec(config.model.path)
-    device = _device(config.model.device)
-    dtype = _dtype(config.model.dtype, device)
+    device = select_device(config.model.device)
+    dtype = select_dtype(config.model.dtype, device)
     checkpoint = Checkpoint(config.model.path)
     digest = _digest(config.model.path, config.model.quantization)
     max_model_len = min(config.model.max_model_len or spec.max_positions, spec.max_positions)
@@ -64,7 +64,7 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
         page_rows=config.adapters.page_rows,
         vocab_size=spec.vocab_size,
         eos_token_ids=list(spec.eos_token_ids),
-        kernels=_kernels(dtype, device),
+        kernels=active_kernels(dtype, device),
     )
     return engine, info
 
@@ -94,7 +94,7 @@ def _adapter_cache(
     )
 
 
-def _device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
     """The device asked for; ValueError where this machine has none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +104,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def select_dtype(name: str, device: torch.device) -> torch.dtype:
     """bf16 where the machine multiplies it, unless the operator says otherwise."""
     if name != "auto":
         found: torch.dtype = getattr(torch, name)
@@ -136,7 +136,7 @@ def _num_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype, device: tor
     return num_bytes // per_block
 
 
-def _kernels(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def active_kernels(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """Which implementation runs each op."""
     linear = "oneDNN packed bf16" if can_pack(dtype, device) else "torch"
     return {

@@ -73,7 +73,7 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
         if launched is not None:
             outputs += self._commit(launched)
-        self.is_stalled = not plan.parts
+        self.is_stalled = not plan.parts and launched is None
         if plan.parts:
             self._num_steps += 1
             self._step_seconds += time.monotonic() - began

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+_LARGEST_KV = 2.0**15  # far above what a sound model produces, and finite in fp16
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight over the last dimension, in fp32 inside (arXiv:1910.07467).
@@ -50,9 +52,17 @@ def rotate_and_write(
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
     rotated = (qk * cos).addcmul_(qk.roll(head_dim // 2, dims=-1), sin)
     q, k = rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:]
-    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = k
-    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = v
+    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = _finite(k)
+    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = _finite(v)
     return q
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """Bound what enters the cache: attention masks by adding -inf, and NaN or inf would survive it.
+
+    Blocks are handed on between requests, so one adapter's overflow must not reach another's.
+    """
+    return torch.nan_to_num(x, nan=0.0).clamp_(-_LARGEST_KV, _LARGEST_KV)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

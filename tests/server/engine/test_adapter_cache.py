@@ -201,7 +201,9 @@ class AdapterCacheMachine(RuleBasedStateMachine):
 
     def finish_everything(self) -> None:
         while self.executor.waiting:
-            self.executor.finish()
+            load = self.executor.finish()
+            self.done[load.digest] = load.future.exception() is None
+        self.pinned -= {digest for digest, well in self.done.items() if not well}
         self.loading, self.done = {}, {}
         self.cache.poll()
         self.cache.take_failures()  # of loads that ended badly before
@@ -234,7 +236,8 @@ class AdapterCacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def host_memory_is_bounded_and_counted(self) -> None:
-        in_host = [a for a in ALL if self.cache.tier(a.digest) == "host"]
+        settled = [adapter for adapter in ALL if adapter.digest not in self.loading]
+        in_host = [adapter for adapter in settled if self.cache.tier(adapter.digest) == "host"]
         assert 10 * sum(map(num_pages, in_host)) <= MAX_HOST_BYTES
         assert 0 <= self.cache.num_host_bytes <= MAX_HOST_BYTES
 

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from server.engine.request import AdapterRef, Request, SamplingParams
 from tests.server.engine.conftest import GREEDY, Harness, MakeHarness
@@ -293,13 +294,36 @@ def test_a_seeded_request_draws_the_same_tokens_alone_and_in_any_batch(
     assert other_seed != alone
 
 
+def test_an_adapter_that_overflows_harms_nobody_else(
+    make_harness: MakeHarness, make_adapter: Callable[..., Path], oracle: Oracle, tmp_path: Path
+) -> None:
+    harness = make_harness(cache={"num_blocks": 12})
+    folder = make_adapter(seed=5, target_modules=ALL)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: value * 1e18 for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    poison = harness.push(folder)
+    neighbours = [harness.add(prompt) for prompt in prompts(2)]
+    harness.add([9, 9, 9], poison, SamplingParams(max_tokens=100, temperature=0, ignore_eos=True))
+    harness.run()
+    reusing = [harness.add(prompt) for prompt in prompts(6)[2:]]
+    harness.run()
+    for request in neighbours + reusing:
+        assert disagreements(oracle, request, None) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", None])
 def test_a_damaged_object_fails_its_requests_and_nobody_falls_back_to_the_base(
-    make_harness: MakeHarness, kinds: dict[str, Path]
+    damage: bytes | None, make_harness: MakeHarness, kinds: dict[str, Path]
 ) -> None:
     harness = make_harness()
     adapter = harness.push(kinds["plain"])
     path = harness.config.adapters.store / "objects" / f"{adapter.digest}.safetensors"
     path.unlink()
+    if damage is not None:
+        path.write_bytes(damage)
     bad, good = harness.add([4, 5], adapter), harness.add([4, 5])
     outputs = harness.run()
     assert [output.error_code for output in outputs[bad.request_id]] == ["adapter_load_failed"]

@@ -377,6 +377,29 @@ def test_a_state_row_given_to_another_request_forgets_the_one_before() -> None:
     assert sampler.sample(logits, [second]).tolist() == [0]
 
 
+def test_a_state_row_forgets_the_prompt_of_the_request_before() -> None:
+    sampler = make_sampler(4)
+    logits = torch.tensor([[1.0, 0.9, 0.0, 0.0]])
+    first = make_request(prompt=[0], temperature=0.0, repetition_penalty=2.0)
+    second = make_request(prompt=[2], temperature=0.0, repetition_penalty=2.0)
+
+    assert sampler.sample(logits, [first]).tolist() == [1]
+    assert sampler.sample(logits, [second]).tolist() == [0]
+
+
+def test_a_request_that_returns_to_its_first_state_row_counts_what_it_generated_elsewhere() -> None:
+    sampler = make_sampler(4)
+    logits = torch.tensor([[1.0, 0.6, 0.2, -9.0]])
+    request = make_request(prompt=[3], temperature=0.0, presence_penalty=1.0)
+    tokens = []
+    for row in (0, 4, 0):
+        request.state_row, request.admitted_time = row, float(next(_times))
+        tokens += sampler.sample(logits, [request]).tolist()
+        request.output_ids = list(tokens)
+
+    assert tokens == [0, 1, 2]
+
+
 def test_a_token_out_of_the_models_favour_is_pushed_down_by_a_repetition_penalty_too() -> None:
     logits = torch.tensor([[-1.0, -1.5, -9.0, -9.0]])
     request = make_request(prompt=[0], temperature=0.0, repetition_penalty=2.0)
