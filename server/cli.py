@@ -135,6 +135,7 @@ def bench(
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 3,
     baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
     http: Annotated[bool, typer.Option(help="Run a server process beside it too.")] = True,
 ) -> None:
@@ -147,6 +148,7 @@ def bench(
         batch_sizes=tuple(batch or (1, 4, 16)),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
+        rounds=rounds,
         baseline=baseline,
         http=http,
     )
@@ -186,10 +188,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _limit_spinning() -> None:
-    """Let torch's CPU threads sleep after waiting 0.6 ms for each other, before torch is loaded.
+    """Bound how long torch's CPU threads spin while they wait for each other, before it is loaded.
 
-    By default they spin on for 20 ms, and one more busy process then costs a step 30 times its
-    time; with this, four times, and nothing on a machine at rest (docs/performance.md).
+    Without a bound one more busy process costs a step 30 times its time; docs/performance.md has
+    the figures. An operator's own OMP_WAIT_POLICY or GOMP_SPINCOUNT stands.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")

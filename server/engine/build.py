@@ -90,8 +90,18 @@ def _adapter_cache(
         max_host_bytes=config.adapters.host_bytes,
         read=loader.read,
         write=write,
-        executor=ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader"),
+        executor=ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="adapter-loader", initializer=_use_one_thread
+        ),
     )
+
+
+def _use_one_thread() -> None:
+    """Keep the loader from starting OpenMP threads of its own.
+
+    With more of them than cores libgomp stops spinning at all, and a step takes twice its time.
+    """
+    torch.set_num_threads(1)
 
 
 def select_device(name: str) -> torch.device:

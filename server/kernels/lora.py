@@ -23,38 +23,36 @@ class LoraStep:
     gain_tokens: torch.Tensor | None
 
 
+# The step's rows of one linear, for each sublinear (or for all, stacked): A transposed
+# [in, num_rows], B [num_rows, width] with scaling folded in, B's columns among the outputs.
+LoraRows = list[tuple[torch.Tensor, torch.Tensor, slice]]
+
+
 def add_lora(
     y: torch.Tensor,
     x: torch.Tensor,
-    lora_a: torch.Tensor,
+    rows: LoraRows,
     lora_b: torch.Tensor,
-    out_splits: tuple[int, ...],
     step: LoraStep,
 ) -> None:
     """Add to each row of `y`, in place, what the row's own adapter adds.
 
-        h[t, s]        = x[t] @ lora_a[s, rows of t's adapter].T          shrink
-        y[t, cols(s)] += h[t, s] @ lora_b[rows of t's adapter, cols(s)]   expand
-        y[t]          += y[t] * lora_b[gain row of t's adapter]           DoRA: gain - 1 per column
+        h[t, s]        = x[t] @ A[s, rows of t's adapter].T          shrink
+        y[t, cols(s)] += h[t, s] @ B[rows of t's adapter, cols(s)]   expand
+        y[t]          += y[t] * lora_b[gain row of t's adapter]      DoRA: gain - 1 per column
 
-    y       [num_tokens, out]               the linear's output: stacked sublinears side by side
-    x       [num_tokens, in]                the linear's input
-    lora_a  [num_sublinears, num_bank_rows, in]
-    lora_b  [num_bank_rows, out]            scaling folded in
-    out_splits                              columns of each sublinear; their sum is `out`
+    y       [num_tokens, out]     the linear's output: stacked sublinears side by side
+    x       [num_tokens, in]      the linear's input
+    rows                          the step's rows of the bank, from `AdapterBank.rows`
+    lora_b  [num_bank_rows, out]  the whole bank, for gains
     """
-    x = x.to(lora_a.dtype)
-    accumulate = y if y.dtype == lora_b.dtype else torch.zeros_like(y, dtype=lora_b.dtype)
-    first = 0
-    for sublinear, width in enumerate(out_splits):
-        columns = slice(first, first + width)
-        h = x @ lora_a[sublinear, step.rows].T  # [num_tokens, num_rows]
+    x = x.to(lora_b.dtype)
+    for a, b, columns in rows:
+        h = x @ a  # [num_tokens, num_rows]
         if step.foreign is not None:
-            h.masked_fill_(step.foreign, 0)  # not a product: 0 * inf of a neighbour would be NaN
-        accumulate[:, columns].addmm_(h, lora_b[step.rows, columns])
-        first += width
-    if accumulate is not y:
-        y += accumulate
+            foreign = step.foreign.repeat(1, h.shape[1] // step.foreign.shape[1])
+            h.masked_fill_(foreign, 0)  # not a product: 0 * inf of a neighbour would be NaN
+        y[:, columns] += h @ b
     if step.gain_rows is not None:
         gained = y[step.gain_tokens]
         y[step.gain_tokens] = gained.addcmul(gained, lora_b[step.gain_rows].to(y.dtype))

@@ -58,7 +58,6 @@ class Decoder:
         self._final_norm = final_norm
         self._lm_head = lm_head
         self._cos, self._sin = rotary
-        self._out_splits = {group: spec.out_splits(group) for group in layers[0].linears}
 
     def forward(self, step: ModelInput, kv: KVCache, bank: AdapterBank) -> torch.Tensor:
         """Run one step, writing its keys and values: returns logits [num_logits, vocab]."""
@@ -86,5 +85,5 @@ class Decoder:
         y = self.layers[index].linears[group](x)
         if lora is not None:
             key = (index, group)
-            add_lora(y, x, bank.lora_a[key], bank.lora_b[key], self._out_splits[group], lora)
+            add_lora(y, x, bank.rows(key, lora.rows), bank.lora_b[key], lora)
         return y
