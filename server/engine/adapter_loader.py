@@ -57,7 +57,7 @@ class AdapterLoader:
             assert packed.gain_row is not None, "a DoRA module outside a DoRA adapter"
             magnitude = stored.get_tensor(f"{module.prefix}.magnitude").float()
             linear = self._decoder.layers[module.layer].linears[group]
-            gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._dtype)
+            gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._decoder.dtype)
             packed.lora_b[key][packed.gain_row, columns] = (gain - 1).to(self._dtype)
         packed.lora_a[key][index, : module.rank] = lora_a.to(self._dtype)
         packed.lora_b[key][: module.rank, columns] = lora_b.to(self._dtype)
@@ -77,13 +77,15 @@ def dora_gain(
 
     lora_a   [rank, in] fp32
     lora_b   [rank, out] fp32, scaling folded in
-    returns  [out] fp32
+    returns  [out] fp32, in host memory
     """
+    device = linear.row_norms_squared.device
+    lora_a, lora_b, magnitude = (t.to(device) for t in (lora_a, lora_b, magnitude))
     a_times_w = linear(lora_a.to(dtype))[:, columns].float()  # [rank, out]
     cross = (lora_b * a_times_w).sum(dim=0)
     delta = (lora_b * (lora_a @ lora_a.T @ lora_b)).sum(dim=0)
     norm = (linear.row_norms_squared[columns] + 2 * cross + delta).clamp_min(0).sqrt()
-    return magnitude / norm
+    return (magnitude / norm).cpu()
 
 
 def _empty(

@@ -59,6 +59,11 @@ class Decoder:
         self._lm_head = lm_head
         self._cos, self._sin = rotary
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return self._embedding.dtype
+
     def forward(self, step: ModelInput, kv: KVCache, bank: AdapterBank) -> torch.Tensor:
         """Run one step, writing its keys and values: returns logits [num_logits, vocab]."""
         eps, window = self.spec.rms_norm_eps, self.spec.sliding_window

@@ -130,6 +130,21 @@ def test_logprobs_of_the_whole_vocabulary_agree_with_peft(
         assert difference < LOGPROB_TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["all-linear", "dora"])
+def test_in_bf16_a_choice_is_never_far_below_the_oracles(
+    kind: str, make_harness: MakeHarness, kinds: dict[str, Path], oracle: Oracle
+) -> None:
+    harness = make_harness(dtype="bfloat16")
+    adapter = harness.push(kinds[kind])
+    for prompt in prompts(4):
+        request = harness.add(prompt, adapter)
+        harness.run()
+        logits = oracle.logits(request.prompt_ids + request.output_ids, kind)
+        chosen_from = logits[len(prompt) - 1 : -1]
+        chosen = chosen_from.gather(1, torch.tensor(request.output_ids)[:, None])[:, 0]
+        assert (chosen_from.amax(dim=1) - chosen).max() < 0.3  # bf16 rounds logits of about 10
+
+
 def run_mixed(harness: Harness, kinds: dict[str, Path]) -> list[tuple[str | None, Request]]:
     """Every kind and the base, several prompts each, all in flight together."""
     adapters: dict[str | None, AdapterRef | None] = {None: None}
