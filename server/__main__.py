@@ -136,8 +136,7 @@ class _Server(uvicorn.Server):
 
 def _in_url(host: str) -> str:
     """An IPv6 address goes into brackets; where the host means every address, this one is said."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 

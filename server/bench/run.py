@@ -4,6 +4,7 @@ Every figure is a median over rounds, and the two systems take turns within a ro
 else the machine does strikes both. Random weights serve: speed does not depend on values.
 """
 
+import contextlib
 import json
 import random
 import statistics
@@ -116,26 +117,26 @@ def run(options: BenchOptions) -> list[Row]:
     """Measure every case, print the table, and return its rows."""
     console = Console()
     spec = read_spec(options.model.path)
-    with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch,
+        contextlib.ExitStack() as running,
+    ):
+        store = Path(scratch) / "store"
         folders = [
             save_random_adapter(Path(scratch) / f"adapter-{i}", spec, seed=i)
             for i in range(options.num_adapters)
         ]
-        turnout = TurnoutSystem(options, folders, Path(scratch) / "store")
+        turnout = TurnoutSystem(options, folders, store)
         systems: list[System] = [turnout]
         if options.baseline:
             systems.append(PeftBaseline(options.model, folders, options.new_tokens))
         if options.http:
-            store = Path(scratch) / "store"
             http = HttpSystem(
                 options.model, turnout.names, store, options.new_tokens, turnout.bank_rows
             )
+            running.callback(http.close)
             systems.append(http)
-        try:
-            rows = _measure(options, systems, spec.vocab_size, console)
-        finally:
-            if options.http:
-                http.close()
+        rows = _measure(options, systems, spec.vocab_size, console)
     _print(rows, options, turnout, console)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -118,11 +118,7 @@ class AdapterCache:
 
     def rows(self, digest: str) -> list[int]:
         """Bank rows of a ready adapter, in the order of its rank rows."""
-        return [
-            page * self.page_rows + row
-            for page in self._residents[digest].pages
-            for row in range(self.page_rows)
-        ]
+        return rows_of_pages(self._residents[digest].pages, self.page_rows)
 
     def gain_row(self, digest: str) -> int | None:
         """The bank row that holds a ready adapter's DoRA gain."""
@@ -311,3 +307,8 @@ class AdapterCache:
                 message=message,
             )
         )
+
+
+def rows_of_pages(pages: list[int], page_rows: int) -> list[int]:
+    """The bank rows in these pages, in order."""
+    return [page * page_rows + row for page in pages for row in range(page_rows)]

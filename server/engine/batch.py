@@ -4,7 +4,7 @@ import torch
 
 from server.engine.adapter_cache import AdapterCache
 from server.engine.scheduler import Plan, Scheduled
-from server.kernels.lora import LoraStep
+from server.kernels.lora import LoraStep, rows_index
 from server.kernels.paged_attention import AttentionStep, DecodeRows, PrefillChunk
 from server.model.decoder import ModelInput
 
@@ -112,20 +112,13 @@ def _lora(plan: Plan, adapters: AdapterCache, device: torch.device) -> LoraStep 
         wanted.extend([ordered.index(digest) if digest is not None else -1] * part.num_tokens)
     is_shared = len(ordered) == 1 and -1 not in wanted
     return LoraStep(
-        rows=_rows_index(rows, device),
+        rows=rows_index(rows, device),
         foreign=None
         if is_shared
         else _int64(wanted, device)[:, None] != _int64(owner, device)[None, :],
         gain_rows=_int64(gain_rows, device) if gain_rows else None,
         gain_tokens=_int64(gain_tokens, device) if gain_rows else None,
     )
-
-
-def _rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
-    """A slice where the rows are neighbours: no gather."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return _int64(rows, device)
 
 
 def _int64(values: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from server.base_digest import base_digest
 from server.config import Config
-from server.engine.adapter_cache import AdapterCache, HostAdapter
+from server.engine.adapter_cache import AdapterCache, HostAdapter, rows_of_pages
 from server.engine.adapter_loader import AdapterLoader
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
@@ -17,6 +17,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.kernels.dense_linear import can_pack
+from server.kernels.lora import rows_index
 from server.model.adapter_bank import AdapterBank, PackedAdapter
 from server.model.decoder import Decoder
 from server.model.kv_cache import KVCache, block_bytes
@@ -41,7 +42,7 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     num_blocks = _num_blocks(config, spec, dtype, device)
     max_model_len = min(max_model_len, num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size)
-    adapters = _adapter_cache(config, decoder, bank, bank_dtype)
+    adapters = _adapter_cache(config, decoder, bank, bank_dtype, device)
     scheduler = Scheduler(
         config.scheduler, blocks, adapters, digest, prefix_caching=config.cache.prefix_caching
     )
@@ -70,19 +71,18 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
 
 
 def _adapter_cache(
-    config: Config, decoder: Decoder, bank: AdapterBank, dtype: torch.dtype
+    config: Config,
+    decoder: Decoder,
+    bank: AdapterBank,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> AdapterCache:
     page_rows = config.adapters.page_rows
     loader = AdapterLoader(config.adapters.store / "objects", decoder, page_rows, dtype)
 
     def write(pages: list[int], adapter: HostAdapter) -> None:
         assert isinstance(adapter, PackedAdapter), "what the loader reads"
-        first, last = pages[0], pages[-1]
-        if last - first == len(pages) - 1:  # neighbours: one plain copy
-            bank.write(slice(first * page_rows, (last + 1) * page_rows), adapter)
-            return
-        rows = [page * page_rows + row for page in pages for row in range(page_rows)]
-        bank.write(torch.tensor(rows), adapter)
+        bank.write(rows_index(rows_of_pages(pages, page_rows), device), adapter)
 
     return AdapterCache(
         num_pages=config.adapters.bank_rows // page_rows,

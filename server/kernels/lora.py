@@ -23,6 +23,13 @@ class LoraStep:
     gain_tokens: torch.Tensor | None
 
 
+def rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    """A slice where the bank rows are neighbours in order (no gather), else [num_rows] int64."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
 # The step's rows of one linear, for each sublinear (or for all, stacked): A transposed
 # [in, num_rows], B [num_rows, width] with scaling folded in, B's columns among the outputs.
 LoraRows = list[tuple[torch.Tensor, torch.Tensor, slice]]
@@ -50,7 +57,9 @@ def add_lora(
     for a, b, columns in rows:
         h = x @ a  # [num_tokens, num_rows]
         if step.foreign is not None:
-            foreign = step.foreign.repeat(1, h.shape[1] // step.foreign.shape[1])
+            foreign = step.foreign
+            if h.shape[1] > foreign.shape[1]:  # stacked: the same rows once for each sublinear
+                foreign = foreign.repeat(1, h.shape[1] // foreign.shape[1])
             h.masked_fill_(foreign, 0)  # not a product: 0 * inf of a neighbour would be NaN
         y[:, columns] += h @ b
     if step.gain_rows is not None:

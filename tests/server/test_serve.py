@@ -20,6 +20,7 @@ import pytest
 
 from server.api.unserved import UNSERVED_IN_CHAT, UNSERVED_IN_COMPLETIONS
 from server.default_base import ensure_default_base
+from tests.server.processes import is_alive
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = "smollm2-135m-instruct"
@@ -104,14 +105,6 @@ def ask(client: openai.OpenAI, model: str, **options: Any) -> str:
     content: str | None = reply.choices[0].message.content
     assert content is not None
     return content
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def wait_until_gone(pid: int, within_s: float) -> None:

@@ -22,6 +22,7 @@ from server.engine.messages import AdapterEvent, AddRequest, RequestOutput
 from server.engine.request import AdapterRef, SamplingParams
 from server.engine.wire import encode_config
 from server.errors import ServeError
+from tests.server.processes import is_alive
 
 ENDLESS = SamplingParams(max_tokens=480, temperature=0, ignore_eos=True)
 
@@ -60,15 +61,6 @@ async def collect(client: EngineClient, message: AddRequest) -> list[RequestOutp
 
 def token_ids(outputs: list[RequestOutput]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    return state != "Z"
 
 
 async def gone(pid: int, within_s: float) -> bool:
