@@ -28,7 +28,6 @@ def test_every_case_is_measured_in_every_system_and_shown(
         assert {(row.adapters, row.batch) for row in rows if row.system == system} == cases
     for row in rows:
         assert min(row.prefill_tok_s, row.decode_tok_s, row.total_tok_s) > 0
-        assert row.total_tok_s < row.decode_tok_s  # the prompt's time is in the total
     assert len(json.loads((tmp_path / "rows.json").read_text())) == len(rows)
     shown = capsys.readouterr().out
     assert "2 mixed" in shown
