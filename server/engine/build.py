@@ -19,7 +19,7 @@ from server.engine.scheduler import Scheduler
 from server.kernels.dense_linear import can_pack
 from server.kernels.lora import rows_index
 from server.model.adapter_bank import AdapterBank, PackedAdapter
-from server.model.decoder import Decoder
+from server.model.decoder import Decoder, activation_dtype
 from server.model.kv_cache import KVCache, block_bytes
 from server.model.loader import Checkpoint, OnProgress, load_decoder
 from server.model.spec import ModelSpec, read_spec
@@ -36,7 +36,7 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     decoder = load_decoder(
         checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
     )
-    bank_dtype = torch.float32 if device.type == "cpu" else dtype
+    bank_dtype = activation_dtype(dtype, device)
     bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
     block_size = config.cache.block_size
     num_blocks = _num_blocks(config, spec, dtype, device)

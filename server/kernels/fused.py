@@ -45,15 +45,15 @@ def rotate_and_write(
     cos, sin          [num_tokens, 1, head_dim], from `rotary_tables`
     k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], written at slot_mapping
     slot_mapping      [num_tokens] int64: block * block_size + offset
-    returns           [num_tokens, num_heads, head_dim]
+    returns           [num_tokens, num_heads, head_dim], in the dtype of the cache
     """
     _, _, num_kv_heads, head_dim = k_cache.shape
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-    rotated = (qk * cos).addcmul_(qk.roll(head_dim // 2, dims=-1), sin)
+    rotated = (qk * cos).addcmul_(qk.roll(head_dim // 2, dims=-1), sin).to(k_cache.dtype)
     q, k = rotated[:, :-num_kv_heads], rotated[:, -num_kv_heads:]
     k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = _finite(k)
-    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = _finite(v)
+    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = _finite(v.to(v_cache.dtype))
     return q
 
 

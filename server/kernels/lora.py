@@ -31,8 +31,8 @@ def rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
 
 
 # The step's rows of one linear, for each sublinear (or for all, stacked): A transposed
-# [in, num_rows], B [num_rows, width] with scaling folded in, B's columns among the outputs.
-LoraRows = list[tuple[torch.Tensor, torch.Tensor, slice]]
+# [in, num_rows], B [num_rows, width] with scaling folded in, B's columns among the outputs (None: all).
+LoraRows = list[tuple[torch.Tensor, torch.Tensor, slice | None]]
 
 
 def add_lora(
@@ -49,7 +49,7 @@ def add_lora(
         y[t]          += y[t] * lora_b[gain row of t's adapter]      DoRA: gain - 1 per column
 
     y       [num_tokens, out]     the linear's output: stacked sublinears side by side
-    x       [num_tokens, in]      the linear's input
+    x       [num_tokens, in]      the linear's input; both in the dtype of the bank
     rows                          the step's rows of the bank, from `AdapterBank.rows`
     lora_b  [num_bank_rows, out]  the whole bank, for gains
     """
@@ -61,7 +61,7 @@ def add_lora(
             if h.shape[1] > foreign.shape[1]:  # stacked: the same rows once for each sublinear
                 foreign = foreign.repeat(1, h.shape[1] // foreign.shape[1])
             h.masked_fill_(foreign, 0)  # not a product: 0 * inf of a neighbour would be NaN
-        y[:, columns] += h @ b
+        (y if columns is None else y[:, columns]).addmm_(h, b)
     if step.gain_rows is not None:
         gained = y[step.gain_tokens]
-        y[step.gain_tokens] = gained.addcmul(gained, lora_b[step.gain_rows].to(y.dtype))
+        y[step.gain_tokens] = gained.addcmul(gained, lora_b[step.gain_rows])

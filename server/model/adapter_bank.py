@@ -83,7 +83,7 @@ class AdapterBank:
         """One product for all sublinears: for few rows fewer calls outweigh B's zeros."""
         parts = self._select(key, rows)
         lora_b = torch.block_diag(*(b for _, b, _ in parts))
-        return [(torch.cat([a for a, _, _ in parts], dim=1), lora_b, slice(None))]
+        return [(torch.cat([a for a, _, _ in parts], dim=1), lora_b, None)]
 
     def write(self, rows: slice | torch.Tensor, adapter: PackedAdapter) -> None:
         """Copy an adapter into rows that no step reads: a slice, or [num_rows] int64."""

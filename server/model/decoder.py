@@ -40,6 +40,15 @@ class Layer:
     linears: dict[str, Linear]
 
 
+def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What runs between the linears of weights in `dtype`: on a CPU fp32, as do adapters.
+
+    A product in bf16 there has an overhead that LoRA's small ones cannot bear, and casts between
+    each linear and its LoRA would cost as much again (docs/performance.md).
+    """
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 class Decoder:
     """A Mistral-family decoder over a paged KV cache and an adapter bank."""
 
@@ -61,14 +70,14 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Of weights, and of keys and values."""
         return self._embedding.dtype
 
     def forward(self, step: ModelInput, kv: KVCache, bank: AdapterBank) -> torch.Tensor:
         """Run one step, writing its keys and values: returns logits [num_logits, vocab]."""
         eps, window = self.spec.rms_norm_eps, self.spec.sliding_window
         cos, sin = self._cos[step.positions], self._sin[step.positions]
-        x = F.embedding(step.token_ids, self._embedding)  # [num_tokens, hidden]
+        x = F.embedding(step.token_ids, self._embedding).to(self._final_norm.dtype)
         for index, layer in enumerate(self.layers):
             h = rms_norm(x, layer.input_norm, eps)
             qkv = self._linear(index, "qkv", h, step.lora, bank)
@@ -82,7 +91,7 @@ class Decoder:
         if step.logits_rows.numel() == 0:  # prompt chunks only, none of them the last
             return x.new_empty(0, self.spec.vocab_size)
         x = rms_norm(x[step.logits_rows], self._final_norm, eps)
-        return dense_linear(x, self._lm_head)
+        return dense_linear(x.to(self.dtype), self._lm_head)
 
     def _linear(
         self, index: int, group: str, x: torch.Tensor, lora: LoraStep | None, bank: AdapterBank

@@ -19,8 +19,9 @@ class Linear:
     row_norms_squared: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, in] -> [num_tokens, out]."""
-        return dense_linear(x, self.weight)
+        """[num_tokens, in] -> [num_tokens, out], in the dtype of activations."""
+        y = dense_linear(x.to(self.weight.weight.dtype), self.weight)
+        return y.to(self.row_norms_squared.dtype)
 
 
 def make_linear(

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from server.kernels.dense_linear import pack
 from server.kernels.fused import rotary_tables
-from server.model.decoder import Decoder, Layer
+from server.model.decoder import Decoder, Layer, activation_dtype
 from server.model.linear import make_linear
 from server.model.spec import FUSED, ModelSpec
 
@@ -59,12 +59,13 @@ def load_decoder(
     embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
     is_tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
     head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)
-    cos, sin = rotary_tables(spec.head_dim, spec.rope_theta, max_positions, dtype)
+    activations = activation_dtype(dtype, device)
+    cos, sin = rotary_tables(spec.head_dim, spec.rope_theta, max_positions, activations)
     return Decoder(
         spec,
         embedding,
         layers,
-        checkpoint.tensor("model.norm.weight").to(device, dtype),
+        checkpoint.tensor("model.norm.weight").to(device, activations),
         pack(head),
         (cos.to(device), sin.to(device)),
     )
@@ -76,7 +77,8 @@ def _load_layer(
     prefix = f"model.layers.{index}."
 
     def norm(name: str) -> torch.Tensor:
-        return checkpoint.tensor(f"{prefix}{name}.weight").to(device, dtype)
+        weight = checkpoint.tensor(f"{prefix}{name}.weight")
+        return weight.to(device, activation_dtype(dtype, device))
 
     linears = {}
     for group, names in FUSED.items():
