@@ -60,7 +60,10 @@ def serve(
     kv_fraction: Annotated[float, typer.Option(help="KV's share of free GPU memory.")] = 0.9,
     prefix_caching: Annotated[bool, typer.Option(help="Reuse KV of equal prompts.")] = True,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
-    max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step; 0: by device.")] = 0,
+    max_prefill_tokens: Annotated[
+        int, typer.Option(help="The same where nobody decodes; 0: by device.")
+    ] = 0,
     token_fair: Annotated[bool, typer.Option(help="Between adapters.")] = True,
     max_waiting: Annotated[int, typer.Option(help="Requests under way; past it: 503.")] = 256,
     max_waiting_per_tenant: Annotated[int, typer.Option(help="Past it: 429.")] = 128,
@@ -91,7 +94,10 @@ def serve(
             cpu_bytes=int(kv_gib * GIB), memory_fraction=kv_fraction, prefix_caching=prefix_caching
         ),
         scheduler=SchedulerConfig(
-            max_running=max_running, max_step_tokens=max_step_tokens, token_fair=token_fair
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            max_prefill_tokens=max_prefill_tokens,
+            token_fair=token_fair,
         ),
         adapters=adapter_config(
             store,
@@ -153,6 +159,17 @@ def bench(
         http=http,
     )
     run(options)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def loadtest(context: typer.Context) -> None:
+    """Load an OpenAI-compatible server, and report in figures and pictures."""
+    from loadtest.cli import app as loadtest_app
+
+    loadtest_app(context.args, prog_name="turnout loadtest")
 
 
 @keys.command("new")

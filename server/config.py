@@ -66,7 +66,8 @@ class CacheConfig:
 class SchedulerConfig:
     """How a step is filled."""
 
-    max_step_tokens: int = 512  # prompt and decode tokens in one step
+    max_step_tokens: int = 0  # prompt and decode tokens in one step; 0: what suits the device
+    max_prefill_tokens: int = 0  # the same where nobody decodes, and so nobody waits; 0: likewise
     max_running: int = 64  # requests in one step
     token_fair: bool = True  # between adapters; False is first come, first served
     max_wait_s: float = 10.0  # an adapter whose requests wait longer goes first, and takes a place
@@ -74,12 +75,14 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check(self.max_running > 0, "scheduler.max_running", self.max_running, "at least 1")
-        _check(
-            self.max_step_tokens >= self.max_running,
-            "scheduler.max_step_tokens",
-            self.max_step_tokens,
-            f"at least scheduler.max_running ({self.max_running})",
-        )
+        for name in ("max_step_tokens", "max_prefill_tokens"):
+            num_tokens = getattr(self, name)
+            _check(
+                num_tokens == 0 or num_tokens >= self.max_running,
+                f"scheduler.{name}",
+                num_tokens,
+                f"at least scheduler.max_running ({self.max_running}), or 0",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.config import Config
-from server.engine.build import active_kernels, select_device, select_dtype
+from server.engine.build import active_kernels, has_gpu_kernels, select_device, select_dtype
 from server.kernels.dense_linear import can_pack
 from server.model.adapter_bank import bank_row_bytes
 from server.model.kv_cache import block_bytes
@@ -153,10 +153,12 @@ def report(config: Config, console: Console) -> bool:
     dtype = select_dtype(config.model.dtype, device)
     is_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
+    is_fused = has_gpu_kernels(config, spec, dtype, device)
+    kernels = active_kernels(dtype, device, is_fused=is_fused)
     need = needs(spec, config.model.quantization, dtype, device)
     spent = budget(need, config, free=free, is_gpu=is_gpu)
     console.print(_table("This machine", machine_rows()))
-    console.print(_table(f"Kernels on {device}", list(active_kernels(dtype, device).items())))
+    console.print(_table(f"Kernels on {device}", list(kernels.items())))
     console.print(_table(f"Memory for {config.model.name}", memory_rows(need, spent, config)))
     return spent.fits
 

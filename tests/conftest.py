@@ -20,7 +20,12 @@ class MakeAdapter(Protocol):
     """See the `make_adapter` fixture."""
 
     def __call__(
-        self, *, seed: int = 0, dtype: torch.dtype = torch.float32, **lora_config: Any
+        self,
+        *,
+        base: Path | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **lora_config: Any,
     ) -> Path: ...
 
 
@@ -55,7 +60,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """Return a function that saves a PEFT LoRA adapter over `tiny_base` and returns its folder.
+    """Return a function that saves a PEFT LoRA adapter and returns its folder.
+
+    `base` is `tiny_base` unless another one is given.
 
     Keywords are LoraConfig's, by default r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"],
     task_type="CAUSAL_LM"; A, B and DoRA's magnitude are random, non-zero and set by `seed`.
@@ -63,18 +70,24 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> M
     root = tmp_path_factory.mktemp("adapters")
     counter = itertools.count()
 
-    def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **lora_config: Any) -> Path:
+    def make(
+        *,
+        base: Path | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **lora_config: Any,
+    ) -> Path:
         defaults = {
             "r": 8,
             "lora_alpha": 16,
             "target_modules": ["q_proj", "v_proj"],
             "task_type": "CAUSAL_LM",
         }
-        base = transformers.MistralForCausalLM.from_pretrained(tiny_base)
+        over = transformers.MistralForCausalLM.from_pretrained(base or tiny_base)
         config = peft.LoraConfig(**{**defaults, **lora_config})
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-            model = peft.get_peft_model(base, config)
+            model = peft.get_peft_model(over, config)
             _randomize(model, generator)
             folder = root / f"adapter-{next(counter)}"
             model.to(dtype).save_pretrained(str(folder))

@@ -1,6 +1,8 @@
 """A stored adapter to the bank's layout: stacked by fused group, in pages, scaling folded in."""
 
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -8,20 +10,40 @@ from safetensors import SafetensorError, safe_open
 
 from adapters.manifest import AdapterManifest, ModuleEntry
 from server.engine.request import AdapterRef
-from server.model.adapter_bank import GroupKey, PackedAdapter
-from server.model.decoder import Decoder
-from server.model.linear import Linear
+from server.model.adapter_bank import PackedAdapter
+from server.model.linear import Linear, NF4Linear
 from server.model.spec import FUSED, ModelSpec
+
+
+class ResidentBase(Protocol):
+    """What the loader needs of the base, whichever decoder holds it."""
+
+    spec: ModelSpec
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+
+    def linear(self, layer: int, group: str) -> Linear | NF4Linear:
+        """One of its fused linears."""
 
 
 class AdapterLoader:
     """Reads stored objects for one resident base."""
 
-    def __init__(self, objects: Path, decoder: Decoder, page_rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, objects: Path, base: ResidentBase, page_rows: int, dtype: torch.dtype
+    ) -> None:
         self._objects = objects
-        self._decoder = decoder
+        self._base = base
         self._page_rows = page_rows
         self._dtype = dtype
+        device = base.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
     def read(self, adapter: AdapterRef) -> PackedAdapter:
@@ -30,7 +52,8 @@ class AdapterLoader:
         if not path.exists():
             raise FileNotFoundError(f"adapter object {adapter.digest} is not in the store")
         try:
-            return self._read_object(path, adapter)
+            with torch.cuda.stream(self._stream):  # on a GPU, beside the steps
+                return self._read_object(path, adapter)
         except (SafetensorError, msgspec.DecodeError, KeyError, TypeError) as error:
             raise ValueError(f"adapter object {adapter.digest} is damaged: {error}") from error
 
@@ -41,30 +64,35 @@ class AdapterLoader:
                 raise ValueError(
                     f"adapter object {adapter.digest} needs {manifest.num_rank_rows} rows"
                 )
-            packed = _empty(manifest, self._decoder.spec, self._page_rows, self._dtype)
+            packed = _empty(
+                manifest,
+                self._base.spec,
+                self._page_rows,
+                self._dtype,
+                is_pinned=self._stream is not None,
+            )
             for module in manifest.modules:
                 self._place(module, stored, packed)
         return packed
 
     def _place(self, module: ModuleEntry, stored: safe_open, packed: PackedAdapter) -> None:
         group, index = _place_of(module.linear)
-        key = (module.layer, group)
         lora_a = stored.get_tensor(f"{module.prefix}.lora_a").float()  # [rank, in]
         lora_b = stored.get_tensor(f"{module.prefix}.lora_b").float()  # [out, rank]
         lora_b = lora_b.T * module.scaling  # [rank, out]
-        columns = _columns(self._decoder.spec, group, index)
+        columns = _columns(self._base.spec, group, index)
         if module.use_dora:
             assert packed.gain_row is not None, "a DoRA module outside a DoRA adapter"
             magnitude = stored.get_tensor(f"{module.prefix}.magnitude").float()
-            linear = self._decoder.layers[module.layer].linears[group]
-            gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._decoder.dtype)
-            packed.lora_b[key][packed.gain_row, columns] = (gain - 1).to(self._dtype)
-        packed.lora_a[key][index, : module.rank] = lora_a.to(self._dtype)
-        packed.lora_b[key][: module.rank, columns] = lora_b.to(self._dtype)
+            linear = self._base.linear(module.layer, group)
+            gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._base.dtype)
+            packed.lora_b[group][module.layer, packed.gain_row, columns] = gain - 1
+        packed.lora_a[group][module.layer, index, : module.rank] = lora_a
+        packed.lora_b[group][module.layer, : module.rank, columns] = lora_b
 
 
 def dora_gain(
-    linear: Linear,
+    linear: Linear | NF4Linear,
     columns: slice,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -89,17 +117,22 @@ def dora_gain(
 
 
 def _empty(
-    manifest: AdapterManifest, spec: ModelSpec, page_rows: int, dtype: torch.dtype
+    manifest: AdapterManifest,
+    spec: ModelSpec,
+    page_rows: int,
+    dtype: torch.dtype,
+    *,
+    is_pinned: bool,
 ) -> PackedAdapter:
     """Zeros for each fused group that the adapter touches."""
     num_rows = -(-manifest.num_rank_rows // page_rows) * page_rows
-    lora_a: dict[GroupKey, torch.Tensor] = {}
-    lora_b: dict[GroupKey, torch.Tensor] = {}
-    for key in {(module.layer, _place_of(module.linear)[0]) for module in manifest.modules}:
-        group = key[1]
-        shape = (len(FUSED[group]), num_rows, spec.in_features(group))
-        lora_a[key] = torch.zeros(shape, dtype=dtype)
-        lora_b[key] = torch.zeros(num_rows, sum(spec.out_splits(group)), dtype=dtype)
+    lora_a: dict[str, torch.Tensor] = {}
+    lora_b: dict[str, torch.Tensor] = {}
+    zeros = partial(torch.zeros, dtype=dtype, pin_memory=is_pinned)
+    for group in {_place_of(module.linear)[0] for module in manifest.modules}:
+        num_layers, width = spec.num_layers, sum(spec.out_splits(group))
+        lora_a[group] = zeros((num_layers, len(FUSED[group]), num_rows, spec.in_features(group)))
+        lora_b[group] = zeros((num_layers, num_rows, width))
     gain_row = manifest.num_rank_rows - 1 if manifest.use_dora else None
     return PackedAdapter(lora_a, lora_b, num_rows, gain_row)
 

@@ -29,7 +29,7 @@ def build_input(
         slot_mapping=_int64(slots, device),
         attention=_attention(plan, block_size, device),
         lora=_lora(plan, adapters, device),
-        logits_rows=_int64(_logits_rows(plan), device),
+        logits_rows=_int64(logits_rows(plan), device),
     )
 
 
@@ -40,7 +40,8 @@ def num_logits(part: Scheduled) -> int:
     return int(part.samples)
 
 
-def _logits_rows(plan: Plan) -> list[int]:
+def logits_rows(plan: Plan) -> list[int]:
+    """The tokens of the step whose next token is wanted."""
     rows: list[int] = []
     end = 0
     for part in plan.parts:

@@ -1,28 +1,37 @@
 """Puts an engine together from the operator's choices and what the machine has."""
 
 import hashlib
+import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from server.base_digest import base_digest
-from server.config import Config
+from server.config import Config, SchedulerConfig
 from server.engine.adapter_cache import AdapterCache, HostAdapter, rows_of_pages
-from server.engine.adapter_loader import AdapterLoader
+from server.engine.adapter_loader import AdapterLoader, ResidentBase
 from server.engine.block_manager import BlockManager
 from server.engine.engine import Engine
 from server.engine.messages import EngineInfo
-from server.engine.model_runner import ModelRunner
+from server.engine.model_runner import ModelRunner, RunnerParts
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.kernels.dense_linear import can_pack
-from server.kernels.lora import rows_index
+from server.kernels.lora_step import PAGE_ROWS
 from server.model.adapter_bank import AdapterBank, PackedAdapter
 from server.model.decoder import Decoder, activation_dtype
+from server.model.gpu_step import padded_rows
 from server.model.kv_cache import KVCache, block_bytes
 from server.model.loader import Checkpoint, OnProgress, load_decoder
 from server.model.spec import ModelSpec, read_spec
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:  # it comes with torch's builds for a GPU
+    from server.engine.gpu_build import gpu_runner
+    from server.model.gpu_decoder import GpuDecoder
+    from server.model.gpu_loader import load_gpu_decoder
 
 
 def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, EngineInfo]:
@@ -30,26 +39,44 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     spec = read_spec(config.model.path)
     device = select_device(config.model.device)
     dtype = select_dtype(config.model.dtype, device)
+    is_fused = has_gpu_kernels(config, spec, dtype, device)
+    scheduling = _scheduling(config, device)
     checkpoint = Checkpoint(config.model.path)
     digest = _digest(config.model.path, config.model.quantization)
     max_model_len = min(config.model.max_model_len or spec.max_positions, spec.max_positions)
-    decoder = load_decoder(
-        checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
-    )
+    decoder: Decoder | GpuDecoder
+    if is_fused:
+        decoder = load_gpu_decoder(checkpoint, spec, device, max_model_len, on_progress)
+    else:
+        decoder = load_decoder(
+            checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
+        )
     bank_dtype = activation_dtype(dtype, device)
     bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
     block_size = config.cache.block_size
     num_blocks = _num_blocks(config, spec, dtype, device)
     max_model_len = min(max_model_len, num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size)
-    adapters = _adapter_cache(config, decoder, bank, bank_dtype, device)
+    adapters = _adapter_cache(config, decoder, bank, bank_dtype)
     scheduler = Scheduler(
-        config.scheduler, blocks, adapters, digest, prefix_caching=config.cache.prefix_caching
+        scheduling, blocks, adapters, digest, prefix_caching=config.cache.prefix_caching
     )
-    sampler = Sampler(spec.vocab_size, config.scheduler.max_running, spec.eos_token_ids, device)
+    sampler = Sampler(
+        spec.vocab_size,
+        scheduling.max_running,
+        spec.eos_token_ids,
+        device,
+        max_rows=padded_rows(scheduling.max_running),
+    )
     kv = KVCache(spec, num_blocks, block_size, dtype, device)
-    runner = ModelRunner(decoder, kv, bank, sampler, adapters, block_size)
-    overlap = config.scheduler.overlap
+    parts = RunnerParts(kv, bank, sampler, adapters, block_size)
+    runner: ModelRunner
+    if isinstance(decoder, Decoder):
+        runner = ModelRunner(decoder, parts)
+    else:
+        max_rank = config.adapters.max_rank
+        runner = gpu_runner(decoder, parts, scheduling, max_model_len, max_rank, on_progress)
+    overlap = scheduling.overlap
     if overlap is None:
         overlap = device.type == "cuda"
     engine = Engine(scheduler, runner, blocks, adapters, spec.eos_token_ids, overlap=overlap)
@@ -65,24 +92,49 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
         page_rows=config.adapters.page_rows,
         vocab_size=spec.vocab_size,
         eos_token_ids=list(spec.eos_token_ids),
-        kernels=active_kernels(dtype, device),
+        kernels=active_kernels(dtype, device, is_fused=is_fused),
     )
     return engine, info
 
 
+def has_gpu_kernels(
+    config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether steps run through the GPU's own kernels: NF4 in bf16, from Ampere on."""
+    return (
+        device.type == "cuda"
+        and HAS_TRITON
+        and config.model.quantization == "nf4"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and spec.head_dim in (64, 128)
+        and config.adapters.page_rows == PAGE_ROWS
+    )
+
+
+def _scheduling(config: Config, device: torch.device) -> SchedulerConfig:
+    """The operator's choices, the rest as suits the device."""
+    chosen = config.scheduler
+    # On a GPU: what keeps streams waiting no more than 15 ms for a prompt, and what fills cuBLAS.
+    step_tokens, prefill_tokens = (256, 8192) if device.type == "cuda" else (512, 512)
+    return replace(
+        chosen,
+        max_step_tokens=chosen.max_step_tokens or max(step_tokens, chosen.max_running),
+        max_prefill_tokens=chosen.max_prefill_tokens
+        or chosen.max_step_tokens
+        or max(prefill_tokens, chosen.max_running),
+    )
+
+
 def _adapter_cache(
-    config: Config,
-    decoder: Decoder,
-    bank: AdapterBank,
-    dtype: torch.dtype,
-    device: torch.device,
+    config: Config, base: ResidentBase, bank: AdapterBank, dtype: torch.dtype
 ) -> AdapterCache:
     page_rows = config.adapters.page_rows
-    loader = AdapterLoader(config.adapters.store / "objects", decoder, page_rows, dtype)
+    loader = AdapterLoader(config.adapters.store / "objects", base, page_rows, dtype)
 
     def write(pages: list[int], adapter: HostAdapter) -> None:
         assert isinstance(adapter, PackedAdapter), "what the loader reads"
-        bank.write(rows_index(rows_of_pages(pages, page_rows), device), adapter)
+        bank.write(rows_of_pages(pages, page_rows), adapter)
 
     return AdapterCache(
         num_pages=config.adapters.bank_rows // page_rows,
@@ -146,11 +198,19 @@ def _num_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype, device: tor
     return num_bytes // per_block
 
 
-def active_kernels(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def active_kernels(dtype: torch.dtype, device: torch.device, *, is_fused: bool) -> dict[str, str]:
     """Which implementation runs each op."""
+    if is_fused:
+        return {
+            "linear": "NF4, CUDA",
+            "lora": "CUDA, true rank",
+            "attention": "paged, Triton",
+            "sampler": "Triton",
+        }
     linear = "oneDNN packed bf16" if can_pack(dtype, device) else "torch"
     return {
         "linear": linear,
         "lora": "torch (fp32)" if device.type == "cpu" else "torch",
         "attention": "torch sdpa over gathered blocks",
+        "sampler": "torch" if device.type == "cpu" else "Triton",
     }

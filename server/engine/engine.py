@@ -28,7 +28,7 @@ class Engine:
     ) -> None:
         self.adapters = adapters
         self._scheduler = scheduler
-        self._runner = runner
+        self.runner = runner
         self._blocks = blocks
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlap = overlap
@@ -68,7 +68,7 @@ class Engine:
         self.adapters.poll()
         outputs = self._fail_unloadable()
         plan = self._scheduler.schedule(began)
-        launched = self._runner.launch(plan) if plan.parts else None
+        launched = self.runner.launch(plan) if plan.parts else None
         if self._overlap:
             launched, self._in_flight = self._in_flight, launched
         if launched is not None:
@@ -131,7 +131,7 @@ class Engine:
         """Append what a step sampled; stop requests or let them go on."""
         outputs = []
         now = time.monotonic()
-        for sampled in self._runner.collect(launched):
+        for sampled in self.runner.collect(launched):
             request = sampled.part.request
             request.num_pending -= 1
             if request.is_finished:

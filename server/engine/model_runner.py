@@ -14,16 +14,18 @@ from server.model.adapter_bank import AdapterBank
 from server.model.decoder import Decoder
 from server.model.kv_cache import KVCache
 
+PromptLogprobs = list[tuple[Scheduled, SampledLogprobs]]  # parts whose requests asked for them
+
 
 @dataclass(slots=True)
 class Launched:
-    """A step on its way: its plan, and device tensors that will hold what it found."""
+    """A step on its way: its plan, and tensors in host memory that will hold what it found."""
 
     plan: Plan
     tokens: torch.Tensor  # [num_sampled] int64
     logprobs: SampledLogprobs | None
-    prompt_logprobs: list[tuple[Scheduled, SampledLogprobs]]
-    done: torch.cuda.Event | None
+    prompt_logprobs: PromptLogprobs
+    done: torch.cuda.Event | None  # None: it is there
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,41 +37,50 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-class ModelRunner:
-    """Owns the device: weights, KV cache, adapter bank and sampler."""
+@dataclass(frozen=True, slots=True)
+class RunnerParts:
+    """What a step works on beside the weights."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        kv: KVCache,
-        bank: AdapterBank,
-        sampler: Sampler,
-        adapters: AdapterCache,
-        block_size: int,
-    ) -> None:
+    kv: KVCache
+    bank: AdapterBank
+    sampler: Sampler
+    adapters: AdapterCache
+    block_size: int
+
+
+class ModelRunner:
+    """Owns the device: weights, KV cache, adapter bank and sampler. Runs the reference ops."""
+
+    def __init__(self, decoder: Decoder, parts: RunnerParts) -> None:
         self.decoder = decoder
-        self._kv = kv
-        self._bank = bank
-        self._sampler = sampler
-        self._adapters = adapters
-        self._block_size = block_size
+        self._parts = parts
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step. On a GPU this returns before the step has run."""
-        step = build_input(plan, self._adapters, self._sampler.last_tokens, self._block_size)
-        logits = self.decoder.forward(step, self._kv, self._bank)  # [num_logits, vocab]
-        prompt_logprobs = self._prompt_logprobs(plan, logits)
         sampling = [part.request for part in plan.parts if part.samples]
-        sampled_logits = logits[self._sampled_rows(plan)] if prompt_logprobs else logits
-        tokens = self._sampler.sample(sampled_logits, sampling)
-        logprobs = _logprobs(sampled_logits, tokens, sampling)
-        done = None
-        if tokens.is_cuda:
-            tokens = tokens.to("cpu", non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        return Launched(plan, tokens, logprobs, prompt_logprobs, done)
+        logits, tokens, prompt_logprobs = self._run(plan, sampling)
+        logprobs = _logprobs(logits, tokens, sampling)
+        if not tokens.is_cuda:
+            return Launched(plan, tokens, logprobs, prompt_logprobs, None)
+        prompt_logprobs = [(part, _copied(found)) for part, found in prompt_logprobs]
+        logprobs = None if logprobs is None else _copied(logprobs)
+        done = torch.cuda.Event()
+        launched = Launched(plan, _pinned(tokens), logprobs, prompt_logprobs, done)
+        done.record()
+        return launched
+
+    def _run(
+        self, plan: Plan, sampling: list[Request]
+    ) -> tuple[torch.Tensor, torch.Tensor, PromptLogprobs]:
+        """Logits [num_sampled, vocab], tokens [num_sampled] and what prompts asked for."""
+        parts = self._parts
+        step = build_input(plan, parts.adapters, parts.sampler.last_tokens, parts.block_size)
+        logits = self.decoder.forward(step, parts.kv, parts.bank)  # [num_logits, vocab]
+        prompt_logprobs = self._prompt_logprobs(plan, logits)
+        if prompt_logprobs:
+            logits = logits[self._sampled_rows(plan)]
+        return logits, parts.sampler.sample(logits, sampling), prompt_logprobs
 
     def collect(self, launched: Launched) -> list[Sampled]:
         """Wait for a step and bring its tokens to the host."""
@@ -77,12 +88,12 @@ class ModelRunner:
             launched.done.synchronize()
         for part, prompt in launched.prompt_logprobs:
             num_top = part.request.sampling.prompt_logprobs or 0
-            part.request.prompt_logprobs[part.start :] = _to_host(prompt, num_top)
+            part.request.prompt_logprobs[part.start :] = _as_lists(prompt, num_top)
         sampling = [part for part in launched.plan.parts if part.samples]
         token_ids = launched.tokens.tolist()
         if launched.logprobs is None:
             return [Sampled(part, t, None) for part, t in zip(sampling, token_ids, strict=True)]
-        found = _to_host(launched.logprobs, launched.logprobs.top_ids.shape[1])
+        found = _as_lists(launched.logprobs, launched.logprobs.top_ids.shape[1])
         return [
             Sampled(part, token_id, _trim(row, part.request.sampling.logprobs))
             for part, token_id, row in zip(sampling, token_ids, found, strict=True)
@@ -95,11 +106,9 @@ class ModelRunner:
             end += num_logits(part)
             if part.samples:
                 rows.append(end - 1)
-        return torch.tensor(rows, dtype=torch.int64).to(self._sampler.last_tokens.device)
+        return torch.tensor(rows, dtype=torch.int64).to(self._parts.sampler.last_tokens.device)
 
-    def _prompt_logprobs(
-        self, plan: Plan, logits: torch.Tensor
-    ) -> list[tuple[Scheduled, SampledLogprobs]]:
+    def _prompt_logprobs(self, plan: Plan, logits: torch.Tensor) -> PromptLogprobs:
         """Logprobs of each chunk's following prompt tokens, for requests that asked."""
         found, end = [], 0
         for part in plan.parts:
@@ -121,7 +130,19 @@ def _logprobs(
     return token_logprobs(logits, tokens, max(wanted)) if wanted else None
 
 
-def _to_host(logprobs: SampledLogprobs, num_top: int) -> list[TokenLogprobs]:
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, on its way: only pinned memory is copied to without waiting."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def _copied(logprobs: SampledLogprobs) -> SampledLogprobs:
+    return SampledLogprobs(
+        _pinned(logprobs.chosen), _pinned(logprobs.top_logprobs), _pinned(logprobs.top_ids)
+    )
+
+
+def _as_lists(logprobs: SampledLogprobs, num_top: int) -> list[TokenLogprobs]:
     rows = zip(
         logprobs.chosen.tolist(),
         logprobs.top_ids[:, :num_top].tolist(),

@@ -15,6 +15,7 @@ import zmq
 from server.config import Config
 from server.engine.build import build_engine
 from server.engine.engine import Engine
+from server.engine.latency import settle
 from server.engine.messages import (
     AbortRequests,
     AdapterEvent,
@@ -62,6 +63,7 @@ class EngineProcess:
         except (ValueError, OSError) as error:
             self._send(Fatal(str(error)))
             return
+        settle()
         self._send(Ready(info))
         while self._receive(engine, info):
             outputs = self._early + (self._step(engine) if engine.has_work else [])

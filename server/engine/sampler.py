@@ -1,14 +1,20 @@
 """Logits to token ids, each row by its own request's parameters."""
 
-import math
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from server.engine.request import Request, SamplingParams
+from server.engine.request import Request
+from server.engine.sampler_reference import ReferenceSampler
+from server.engine.sampler_rows import SamplerRows, has_penalty
+from server.kernels.sampling_step import SamplerGpuStep
 
-_CANDIDATES = 1024  # sorted first for top-k and top-p; more only if they do not suffice
-_COLDEST = 1e-30  # a lower temperature would be 0 in fp32, or divide into infinities
+if importlib.util.find_spec("triton"):  # it comes with torch's builds for a GPU
+    from server.kernels.sampling_gpu import SamplerGpuState, sample_gpu
+
+_BIASES_PER_ROW = 1280  # on average: 1024 in logit_bias, and what min_tokens bans
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,10 @@ class SampledLogprobs:
 class Sampler:
     """Chooses tokens, and keeps on the device what the next choice needs.
 
+    A step is prepared on the host, then launched. On a GPU the launch is one kernel that finds all
+    it needs at fixed addresses: captured in a CUDA graph, it serves whatever is prepared before the
+    replay. Elsewhere it is the reference, in plain PyTorch.
+
     last_tokens    [max_running] int64           each state row's newest token
     output_counts  [max_running, vocab] int32    how often a row generated a token (penalties only)
     is_prompt      [max_running, vocab] bool     which tokens its prompt holds (penalties only)
@@ -39,139 +49,103 @@ class Sampler:
         max_running: int,
         eos_token_ids: tuple[int, ...],
         device: torch.device,
+        *,
+        max_rows: int | None = None,  # of a launch, padding included; None: max_running
+        is_fused: bool | None = None,  # one kernel, not the reference; None: on a GPU
     ) -> None:
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
         self._device = device
-        self._counted: dict[int, tuple[Request, float]] = {}  # state row -> whose counts it holds
+        self._requests: list[Request] = []  # of the step that is prepared
+        self._admitted: dict[int, tuple[Request, float]] = {}  # state row -> whose it is
         shape = (max_running, vocab_size)
         self._output_counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._is_prompt = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._rows = SamplerRows(max_running, vocab_size, eos_token_ids)
+        self._reference = ReferenceSampler(
+            self.last_tokens, self._output_counts, self._is_prompt, eos_token_ids
+        )
+        self._fused: _Fused | None = None
+        if is_fused or (is_fused is None and device.type == "cuda"):
+            self._fused = _Fused(
+                self.last_tokens, self._output_counts, self._is_prompt, max_rows or max_running
+            )
 
-    def sample(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """Choose one token for each row: logits [num_rows, vocab] -> [num_rows] int64."""
-        rows = self._tensor([request.state_row for request in requests], torch.int64)
-        penalized = [i for i, request in enumerate(requests) if _has_penalty(request.sampling)]
-        if penalized or any(_edits_logits(request) for request in requests):
-            logits = logits.float().clone()
-            self._bias(logits, requests)
-            self._penalize(logits, requests, penalized)
-        tokens = self._choose(logits, requests)
-        self.last_tokens[rows] = tokens
-        if penalized:
-            at = self._tensor(penalized, torch.int64)
-            self._output_counts[rows[at], tokens[at]] += 1
-        return tokens
+        self.prepare(requests, logits.shape[0])
+        return self.launch(logits)
 
-    def _choose(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
-        tokens = logits.argmax(dim=-1)
-        drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
-        if drawn:
-            at = self._tensor(drawn, torch.int64)
-            tokens[at] = self._draw(logits[at].float(), [requests[i] for i in drawn])
-        return tokens
+    def prepare(self, requests: Sequence[Request], num_rows: int | None = None) -> None:
+        """Describe the next launch: a row for each request, then padding up to `num_rows`.
 
-    def _draw(self, logits: torch.Tensor, requests: list[Request]) -> torch.Tensor:
-        """Inverse transform sampling: one counter-based number a row, whatever the batch."""
-        params = [request.sampling for request in requests]
-        # Down from the likeliest token's 0, no temperature however low makes an infinity of it.
-        logits = logits - logits.amax(dim=-1, keepdim=True)
-        logits = logits / self._column([max(p.temperature, _COLDEST) for p in params])
-        if any(p.min_p > 0 for p in params):
-            floor = self._column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params])
-            logits.masked_fill_(logits < floor, -math.inf)
-        probs = logits.softmax(dim=-1)
-        filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-        if filtered:
-            at = self._tensor(filtered, torch.int64)
-            probs[at] = self._filter(probs[at], [params[i] for i in filtered])
-        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-        draws = [uniform(r.seed, len(r.output_ids) + r.num_pending) for r in requests]
-        target = self._column(draws, torch.float64) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        return tokens.clamp_max(self._vocab_size - 1)  # if the logits are NaN
-
-    def _filter(self, probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-        """Zero what top-k, then top-p over what is left, rule out; the likeliest always stays.
-
-        Tokens as likely as the last that stays do too: among equals the order of a sort would
-        decide, and that depends on how many are sorted, thus on the rest of the batch.
+        Its work on the device is queued on the current stream; nothing waits. It may come while the
+        step before is under way, but a step's tokens must be there before the third one after it is
+        prepared.
         """
-        vocab = probs.shape[-1]
-        top_k = self._column([min(p.top_k or vocab, vocab) for p in params], torch.int64)
-        top_p = self._column([p.top_p for p in params], torch.float64)
-        num_sorted = min(vocab, max(_CANDIDATES, *(p.top_k for p in params)))
-        while True:
-            values = probs.topk(num_sorted, dim=-1).values.double()  # sorted, largest first
-            cumulative = values.cumsum(dim=-1)
-            left = cumulative.gather(1, top_k.clamp_max(num_sorted) - 1)  # by top-k
-            left.masked_fill_(top_k == vocab, 1.0)
-            place = torch.arange(num_sorted, device=probs.device)
-            keep = (place < top_k) & (cumulative - values < top_p * left)
-            num_kept = keep.sum(dim=-1, keepdim=True).clamp_min(1)
-            is_enough = (num_kept < num_sorted) | (top_k <= num_sorted)
-            if num_sorted == vocab or bool(is_enough.all()):
-                break
-            num_sorted = vocab
-        return probs.masked_fill(probs < values.gather(1, num_kept - 1), 0)
+        self._requests = list(requests)
+        for request in self._requests:
+            admission = (request, request.admitted_time)
+            if self._admitted.get(request.state_row) != admission:
+                self._admitted[request.state_row] = admission
+                self._admit(request)
+        if self._fused is not None:
+            num_rows = len(self._requests) if num_rows is None else num_rows
+            self._rows.fill(self._fused.step, self._requests, num_rows)
 
-    def _bias(self, logits: torch.Tensor, requests: list[Request]) -> None:
-        rows: list[int] = []
-        columns: list[int] = []
-        values: list[float] = []
-        for row, request in enumerate(requests):
-            bias = dict(request.sampling.logit_bias)
-            if len(request.output_ids) + request.num_pending <= request.sampling.min_tokens:
-                bias.update(dict.fromkeys(self._stop_ids(request.sampling), -math.inf))
-            rows.extend([row] * len(bias))
-            columns.extend(bias.keys())
-            values.extend(bias.values())
-        if rows:
-            at = (self._tensor(rows, torch.int64), self._tensor(columns, torch.int64))
-            logits.index_put_(at, self._tensor(values, torch.float32), accumulate=True)
+    def launch(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose a token for each prepared row: logits [num_rows, vocab] -> [num_rows] int64.
 
-    def _stop_ids(self, params: SamplingParams) -> set[int]:
-        return set(params.stop_token_ids) | (
-            set() if params.ignore_eos else set(self._eos_token_ids)
+        On a GPU this can be captured, and the tokens stay where they are until the next launch.
+        Those of padding rows mean nothing.
+        """
+        if self._fused is not None:
+            return self._fused.launch(logits)
+        tokens = torch.zeros(logits.shape[0], dtype=torch.int64, device=self._device)
+        num_requests = len(self._requests)
+        tokens[:num_requests] = self._reference.sample(logits[:num_requests], self._requests)
+        return tokens
+
+    def _admit(self, request: Request) -> None:
+        """Take note of a request that has just been given its state row."""
+        self._rows.admit(request)
+        if not has_penalty(request.sampling):
+            return
+        row = request.state_row
+        prompt = self._int64(request.prompt_ids)
+        output = self._int64(request.output_ids)
+        ones = torch.ones(len(output), dtype=torch.int32, device=self._device)
+        self._is_prompt[row].zero_().index_fill_(0, prompt, 1)
+        self._output_counts[row].zero_().index_add_(0, output, ones)
+
+    def _int64(self, values: list[int]) -> torch.Tensor:
+        """On the device, without waiting for it: that takes pinned memory."""
+        on_host = torch.tensor(values, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        return on_host.to(self._device, non_blocking=True)
+
+
+class _Fused:
+    """The kernel's side of a sampler: its buffers, none of which ever moves."""
+
+    def __init__(
+        self,
+        last_tokens: torch.Tensor,
+        output_counts: torch.Tensor,
+        is_prompt: torch.Tensor,
+        max_rows: int,
+    ) -> None:
+        vocab_size, device = output_counts.shape[1], last_tokens.device
+        weights = torch.empty(max_rows, -(-vocab_size // 16) * 16, device=device)
+        self._state = SamplerGpuState(last_tokens, output_counts, is_prompt, weights)
+        self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        biases_per_row = min(_BIASES_PER_ROW, vocab_size)
+        self.step = SamplerGpuStep(
+            max_rows=max_rows, max_biases=max_rows * biases_per_row, device=device
         )
 
-    def _penalize(
-        self, logits: torch.Tensor, requests: list[Request], penalized: list[int]
-    ) -> None:
-        if not penalized:
-            return
-        chosen = [requests[i] for i in penalized]
-        for request in chosen:
-            self._count_known(request)
-        at = self._tensor(penalized, torch.int64)
-        rows = self._tensor([request.state_row for request in chosen], torch.int64)
-        params = [request.sampling for request in chosen]
-        counts, is_prompt = self._output_counts[rows], self._is_prompt[rows]
-        values = logits[at]
-        repetition = self._column([p.repetition_penalty for p in params])
-        weakened = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where((counts > 0) | is_prompt, weakened, values)
-        values -= counts * self._column([p.frequency_penalty for p in params])
-        values -= (counts > 0) * self._column([p.presence_penalty for p in params])
-        logits[at] = values
-
-    def _count_known(self, request: Request) -> None:
-        """Fill a state row's counts when its request has just been given it."""
-        row, admission = request.state_row, (request, request.admitted_time)
-        if self._counted.get(row) == admission:
-            return
-        self._counted[row] = admission
-        prompt = self._tensor(request.prompt_ids, torch.int64)
-        output = self._tensor(request.output_ids, torch.int64)
-        self._is_prompt[row].zero_()[prompt] = True
-        self._output_counts[row] = torch.bincount(output, minlength=self._vocab_size)
-
-    def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._tensor(values, dtype).unsqueeze(1)
-
-    def _tensor(self, values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self._device, non_blocking=True)
+    def launch(self, logits: torch.Tensor) -> torch.Tensor:
+        tokens = self._tokens[: logits.shape[0]]
+        sample_gpu(logits.contiguous(), self.step, self._state, tokens)
+        return tokens
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> SampledLogprobs:
@@ -184,24 +158,3 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> 
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     top = logprobs.topk(num_top, dim=-1)
     return SampledLogprobs(chosen, top.values, top.indices)
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on the seed and the token's place alone (splitmix64)."""
-    mask = 0xFFFFFFFFFFFFFFFF
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return ((z ^ (z >> 31)) >> 32) / 2**32
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1
-        or params.frequency_penalty != 0
-        or params.presence_penalty != 0
-    )
-
-
-def _edits_logits(request: Request) -> bool:
-    return bool(request.sampling.logit_bias) or request.sampling.min_tokens > 0

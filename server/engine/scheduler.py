@@ -99,6 +99,8 @@ class Scheduler:
         for request in list(self.running):
             if request.num_uncomputed_tokens == 1 and request.wants_more:
                 self._plan_running(request, budget, now)
+        if not budget.given:
+            budget = _Budget(self._config.max_prefill_tokens)
         for request in list(self.running):
             if request.num_uncomputed_tokens > 1:
                 self._plan_running(request, budget, now)

@@ -31,7 +31,7 @@ def rows_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
 
 
 # The step's rows of one linear, for each sublinear (or for all, stacked): A transposed
-# [in, num_rows], B [num_rows, width] with scaling folded in, B's columns among the outputs (None: all).
+# [in, num_rows]; B [num_rows, width], scaling folded in; B's columns among the outputs, None: all.
 LoraRows = list[tuple[torch.Tensor, torch.Tensor, slice | None]]
 
 

@@ -4,33 +4,73 @@ An adapter holds pages of `PAGE_ROWS` rows of the banks, anywhere in them. What 
 is made once on the host and lies in static device buffers (`LoraGpuStep`), so captured graphs read
 the numbers of the step in which they are replayed. A token's result does not depend on its
 neighbours; steps of up to `DECODE_TOKENS` tokens and longer ones sum in different orders.
+
+For short steps the `finish` family ends a split-K linear in the same launch: LoRA, residual, SiLU,
+the norms around it, rotary embedding and KV write (lora_endings.cuh).
 """
 
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from server.kernels.lora_launch import (
+    NO_INPUT_NORM,
+    kernels_of,
+    run_expand,
+)
 from server.kernels.lora_step import (
     DECODE_TOKENS,
     FINISH_TOKENS,
-    LARGE_TILE,
     NO_ADAPTER,
     NO_GAIN,
     PAGE_ROWS,
-    SMALL_TILE,
     LoraGpuStep,
 )
 from server.kernels.nf4_pack import SplitK
-from server.kernels.nvrtc import Kernel, Module, architecture, compiled
 
-MAX_SUBLINEARS = 4
+SQUARES_COLUMNS = 64  # outputs whose squares `finish_norm` adds up in one part
 
-_SMALL_COLUMNS, _LARGE_COLUMNS = 64, 512  # outputs at a time of a warp, and of a block
-_SHRINK_BLOCKS = _LARGE_BLOCKS = 2112  # at most so many; then each does more in turn
-_KERNELS = Path(__file__).parent
+_SHRINK_BLOCKS = 2112  # at most so many; then each does more in turn
+_MAX_HEAD_DIM = 256  # a head's halves lie in one tile of the linear
+
+
+@dataclass(frozen=True, slots=True)
+class InputNorm:
+    """The norm before a linear whose input was not divided by its root mean square.
+
+    The linear's input is x * weight; its outputs are divided in place of it.
+
+    squares  [num_tokens, parts]  fp32: parts of the sum of squares of each row of x
+    hidden   elements of a row of x
+    """
+
+    squares: torch.Tensor
+    hidden: int
+    eps: float
+
+    def as_params(self) -> tuple[int | float, ...]:
+        """The kernels' struct of the same name."""
+        assert self.squares.dtype == torch.float32, "sums of squares are fp32"
+        assert self.squares.is_contiguous(), "sums of squares are contiguous"
+        return self.squares.data_ptr(), self.squares.shape[1], 1 / self.hidden, self.eps
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryStep:
+    """Where the tokens of a step stand. Buffers may be longer than the step.
+
+    rotary        [num_tables, max_positions, 2, head_dim / 2]  fp32: `fused_gpu.rotary_rows`
+    positions     [num_tokens] int32
+    tables        [num_tokens] int32: which of the rotary tables
+    slot_mapping  [num_tokens] int32: block * block_size + offset; below 0 for padding, of which
+                  nothing is written to the cache and neither position nor table is looked up
+    """
+
+    rotary: torch.Tensor
+    positions: torch.Tensor
+    tables: torch.Tensor
+    slot_mapping: torch.Tensor
 
 
 def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Tensor:
@@ -53,7 +93,7 @@ def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Te
     h = torch.empty((slices, num_tokens, sublinears, width), device=x.device)
     usual_items = max(4, num_tokens)  # of rank 16; a block takes more in turn
     blocks = min(step.max_items, usual_items, max(1, _SHRINK_BLOCKS // (slices * sublinears)))
-    kernels = _kernels(x.device)
+    kernels = kernels_of(x.device)
     kernels.shrink[is_decode](
         (blocks, sublinears, slices),
         kernels.device_index,
@@ -92,7 +132,7 @@ def expand(
     out_splits  outputs of each sublinear; s(c) is the one that output c is in
     residual    [num_tokens, out]      bf16; added to every row, last
     """
-    _run_expand("expand", y, h, b_bank, out_splits, step, linear=y, residual=residual)
+    run_expand("expand", y, y.shape[1], h, b_bank, out_splits, step, linear=y, residual=residual)
 
 
 def expand_silu(
@@ -102,7 +142,7 @@ def expand_silu(
     num_tokens, out_features = gate_up.shape
     y = gate_up.new_empty((num_tokens, out_features // 2))
     splits = (out_features // 2, out_features // 2)
-    _run_expand("expand_silu", y, h, b_bank, splits, step, linear=gate_up)
+    run_expand("expand_silu", y, y.shape[1], h, b_bank, splits, step, linear=gate_up)
     return y
 
 
@@ -114,27 +154,143 @@ def finish(
     out_splits: tuple[int, ...],
     step: LoraGpuStep | None,
     *,
+    input_norm: InputNorm | None = None,
     residual: torch.Tensor | None = None,
     with_silu: bool = False,
 ) -> torch.Tensor:
     """Finish a split-K linear: add its partial sums, LoRA, DoRA's gain and the residual in one go.
 
-    workspace  [slots, num_tokens, out]  fp32, from `nf4_linear.partial_sums`
-    split      of the same linear
-    step       None where no token has an adapter; then h and b_bank are None too
-    residual   [num_tokens, out]         bf16; added last
-    with_silu  the linear is gate and up side by side: return silu(gate) * up
-    returns    [num_tokens, out], or [num_tokens, out / 2] with_silu; bf16
+    workspace   [slots, num_tokens, out]  fp32, from `nf4_linear.partial_sums`
+    split       of the same linear
+    step        None where no token has an adapter; then h and b_bank are None too
+    input_norm  divides the sums and LoRA, before DoRA's gain
+    residual    [num_tokens, out]         bf16; added last
+    with_silu   the linear is gate and up side by side: return silu(gate) * up
+    returns     [num_tokens, out], or [num_tokens, out / 2] with_silu; bf16
     """
-    _, num_tokens, out_features = workspace.shape
-    assert num_tokens <= FINISH_TOKENS, "finish is for steps of few tokens"
-    columns = out_features // 2 if with_silu else out_features
+    num_tokens, columns = _finished_shape(workspace, out_splits)
+    columns = columns // 2 if with_silu else columns
     y = torch.empty((num_tokens, columns), dtype=torch.bfloat16, device=workspace.device)
-    name = "finish_silu" if with_silu else "finish"
-    _run_expand(
-        name, y, h, b_bank, out_splits, step, workspace=workspace, split=split, residual=residual
+    run_expand(
+        "finish_silu" if with_silu else "finish",
+        y,
+        columns,
+        h,
+        b_bank,
+        out_splits,
+        step,
+        workspace=workspace,
+        split=split,
+        residual=residual,
+        input_norm=input_norm.as_params() if input_norm else NO_INPUT_NORM,
     )
     return y
+
+
+def finish_norm(
+    workspace: torch.Tensor,
+    split: SplitK,
+    h: torch.Tensor | None,
+    b_bank: torch.Tensor | None,
+    out_splits: tuple[int, ...],
+    step: LoraGpuStep | None,
+    *,
+    norm_weight: torch.Tensor,
+    input_norm: InputNorm | None = None,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`finish`, and the norm after it up to the division, which is left to the next linear.
+
+    norm_weight  [out]  bf16, contiguous
+    returns      y [num_tokens, out] bf16, as `finish` returns it; y * norm_weight, likewise: what
+                 the next linear and its shrink read; and the sums of squares of y
+                 [num_tokens, ceil(out / SQUARES_COLUMNS)] fp32, for that linear's InputNorm
+    """
+    num_tokens, columns = _finished_shape(workspace, out_splits)
+    assert norm_weight.shape == (columns,), "the norm is over the linear's outputs"
+    assert norm_weight.dtype == torch.bfloat16, "the norm's weight is bf16"
+    assert norm_weight.is_contiguous(), "the norm's weight is contiguous"
+    y = torch.empty((num_tokens, columns), dtype=torch.bfloat16, device=workspace.device)
+    scaled = torch.empty_like(y)
+    squares = torch.empty((num_tokens, -(-columns // SQUARES_COLUMNS)), device=workspace.device)
+    run_expand(
+        "finish_norm",
+        y,
+        columns,
+        h,
+        b_bank,
+        out_splits,
+        step,
+        workspace=workspace,
+        split=split,
+        residual=residual,
+        input_norm=input_norm.as_params() if input_norm else NO_INPUT_NORM,
+        output_norm=(norm_weight.data_ptr(), scaled.data_ptr(), squares.data_ptr()),
+    )
+    return y, scaled, squares
+
+
+def finish_rotary(
+    workspace: torch.Tensor,
+    split: SplitK,
+    h: torch.Tensor | None,
+    b_bank: torch.Tensor | None,
+    out_splits: tuple[int, ...],
+    step: LoraGpuStep | None,
+    *,
+    rotary_step: RotaryStep,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    input_norm: InputNorm | None = None,
+) -> torch.Tensor:
+    """`finish` of q, k and v side by side, then `fused_gpu.rotate_and_write_gpu`, in one go.
+
+    Outputs are rounded to bf16 before they are rotated, as they are where these are two ops.
+
+    k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim]  bf16, contiguous
+    returns           the queries [num_tokens, num_heads, head_dim]  bf16
+    """
+    num_tokens, columns = _finished_shape(workspace, out_splits)
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    half = head_dim // 2
+    assert len(out_splits) == 3, "q, k and v"
+    assert 16 <= head_dim <= _MAX_HEAD_DIM, "head sizes are 16 to 256"
+    assert head_dim == 1 << half.bit_length(), "the head size is a power of two"
+    assert out_splits[0] % head_dim == 0, "there are whole heads"
+    assert out_splits[1] == out_splits[2] == num_kv_heads * head_dim, "qkv and the cache disagree"
+    assert k_cache.dtype == v_cache.dtype == torch.bfloat16, "the cache is bf16"
+    assert k_cache.is_contiguous(), "the key cache is contiguous"
+    assert v_cache.is_contiguous(), "the value cache is contiguous"
+    rotary = rotary_step.rotary
+    assert rotary.shape[2:] == (2, half), "the rotary tables are for another head size"
+    assert rotary.dtype == torch.float32, "rotary tables are fp32"
+    assert rotary.is_contiguous(), "rotary tables are contiguous"
+    per_token = rotary_step.positions, rotary_step.tables, rotary_step.slot_mapping
+    assert all(part.dtype == torch.int32 for part in per_token), "where tokens stand is int32"
+    assert all(part.shape[0] >= num_tokens for part in per_token), "each token stands somewhere"
+    shape = (num_tokens, out_splits[0] // head_dim, head_dim)
+    q = torch.empty(shape, dtype=torch.bfloat16, device=workspace.device)
+    run_expand(
+        "finish_rotary",
+        q,
+        columns // 2,
+        h,
+        b_bank,
+        out_splits,
+        step,
+        workspace=workspace,
+        split=split,
+        input_norm=input_norm.as_params() if input_norm else NO_INPUT_NORM,
+        rotary=(
+            rotary.data_ptr(),
+            *(part.data_ptr() for part in per_token),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            rotary.shape[1],
+            half.bit_length() - 1,
+        ),
+    )
+    return q
 
 
 def add_lora_reference(
@@ -164,124 +320,14 @@ def add_lora_reference(
     return y
 
 
-def kernel_source() -> str:
-    """The CUDA source; it compiles for sm_80 on."""
-    return "\n".join(
-        (_KERNELS / name).read_text() for name in ("common.cuh", "lora_shrink.cu", "lora_expand.cu")
-    )
+def _finished_shape(workspace: torch.Tensor, out_splits: tuple[int, ...]) -> tuple[int, int]:
+    """Tokens and outputs of a linear whose sums are still apart."""
+    _, num_tokens, out_features = workspace.shape
+    assert num_tokens <= FINISH_TOKENS, "finish is for steps of few tokens"
+    assert out_features == sum(out_splits), "the sublinears are not the linear's"
+    return num_tokens, out_features
 
 
 def _slice_in(in_features: int) -> int:
     """Inputs that one block sums; a function of the shape alone."""
     return 1024 if in_features <= 8192 else 2048
-
-
-def _run_expand(
-    name: str,
-    y: torch.Tensor,
-    h: torch.Tensor | None,
-    b_bank: torch.Tensor | None,
-    out_splits: tuple[int, ...],
-    step: LoraGpuStep | None,
-    *,
-    linear: torch.Tensor | None = None,
-    workspace: torch.Tensor | None = None,
-    split: SplitK | None = None,
-    residual: torch.Tensor | None = None,
-) -> None:
-    num_tokens, columns = y.shape
-    out_features = sum(out_splits)
-    assert len(out_splits) <= MAX_SUBLINEARS, "too many sublinears"
-    assert all(width % 8 == 0 for width in out_splits), "sublinears have multiples of 8 outputs"
-    assert y.is_contiguous(), "y is contiguous"
-    if step is None:
-        addresses: tuple[int, ...] = (0,) * 6
-        max_pages, slices, bank_stride = 0, 0, 0
-    else:
-        assert h is not None, "a step with adapters needs h"
-        assert b_bank is not None, "a step with adapters needs the bank"
-        addresses, max_pages = step.addresses(), step.max_pages
-        slices, bank_stride = h.shape[0], b_bank.stride(0)
-    is_large = workspace is None and num_tokens > DECODE_TOKENS
-    kernels = _kernels(y.device)
-    if is_large:
-        blocks_x = -(-columns // _LARGE_COLUMNS)
-        tiles = num_tokens // LARGE_TILE + 1 + (step.max_adapters if step else 0)
-        blocks_y = -(-tiles // -(-tiles * blocks_x // _LARGE_BLOCKS))  # all go through as many
-    else:
-        tiles = num_tokens if step else -(-num_tokens // SMALL_TILE)
-        # As many blocks as run at a time: 3 on a multiprocessor, of `expand` 4.
-        at_a_time = kernels.num_multiprocessors * (4 if name == "expand" else 3)
-        blocks_x = min(at_a_time, -(-tiles * columns // _SMALL_COLUMNS))
-        blocks_y = 1
-    ends = np.cumsum(out_splits).tolist()
-    kernels.expand(name, is_large, max_pages)(
-        (blocks_x, blocks_y, 1),
-        kernels.device_index,
-        *addresses,
-        max_pages,
-        num_tokens,
-        _address(h),
-        _address(b_bank),
-        _address(workspace),
-        _address(linear),
-        _address(residual),
-        y.data_ptr(),
-        bank_stride,
-        out_features,
-        len(out_splits),
-        slices,
-        *(ends + [out_features] * (MAX_SUBLINEARS - len(ends))),
-        *(split.as_params() if split else (1, 1, 1)),
-    )
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-class _Kernels:
-    """The compiled kernels of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device_index = 0 if device.index is None else device.index
-        self._module = Module(compiled(kernel_source(), architecture(device)))
-        self.num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._is_dependent = torch.cuda.get_device_capability(device)[0] >= 9
-        self._expand: dict[tuple[str, bool, int], Kernel] = {}
-        self.shrink = {
-            is_decode: self._kernel(f"shrink_{size}", "3P3q2i", threads=256)
-            for is_decode, size in ((True, "small"), (False, "large"))
-        }
-
-    def expand(self, name: str, is_large: bool, max_pages: int) -> Kernel:
-        """A kernel of the expand family; with large tiles it holds every rank of h on the chip."""
-        key = (name, is_large, max_pages)
-        if key not in self._expand:
-            size = "large" if is_large else "small"
-            parts = 2 if name == "expand_silu" else 1
-            pitch = -(-max_pages // 2) * PAGE_ROWS + 4
-            shared_bytes = parts * LARGE_TILE * pitch * 4 if is_large else 0
-            threads = 256 if is_large else 128
-            self._expand[key] = self._kernel(
-                f"{name}_{size}", "6Pq3i4i3i", threads=threads, shared_bytes=shared_bytes
-            )
-        return self._expand[key]
-
-    def _kernel(self, name: str, params: str, *, threads: int, shared_bytes: int = 0) -> Kernel:
-        return Kernel(
-            self._module.function(f"lora_{name}"),
-            "6P2i" + params,
-            threads=threads,
-            shared_bytes=shared_bytes,
-            is_dependent=self._is_dependent,
-        )
-
-
-def _kernels(device: torch.device) -> _Kernels:
-    return _kernels_of(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@cache
-def _kernels_of(device_index: int) -> _Kernels:
-    return _Kernels(torch.device("cuda", device_index))

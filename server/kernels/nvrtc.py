@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -79,15 +80,17 @@ class Kernel:
         )
         self._config_pointer = ctypes.pointer(self._config)
         self._launch = _driver().cuLaunchKernelEx
+        self._lock = Lock()  # the adapter loader launches too
 
     def __call__(
         self, grid: tuple[int, int, int], device_index: int, *params: int | float | bytes
     ) -> None:
-        """Launch on the device's current stream. Not to be called from two threads at once."""
-        self._struct.pack_into(self._params, 0, *params)
-        self._config.grid[:] = grid
-        self._config.stream = torch._C._cuda_getCurrentRawStream(device_index)
-        status = self._launch(self._config_pointer, self._function, self._pointers, None)
+        """Launch on the calling thread's current stream."""
+        with self._lock:
+            self._struct.pack_into(self._params, 0, *params)
+            self._config.grid[:] = grid
+            self._config.stream = torch._C._cuda_getCurrentRawStream(device_index)
+            status = self._launch(self._config_pointer, self._function, self._pointers, None)
         if status:
             _check(status, "launching a kernel")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from server.kernels.lora import LoraRows
+from server.kernels.lora import LoraRows, rows_index
 from server.model.spec import FUSED, ModelSpec
 
 GroupKey = tuple[int, str]  # layer, fused group
@@ -15,16 +15,16 @@ _MAX_STACKED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """One adapter in the bank's layout, in host memory, padded to whole pages.
+    """One adapter in the bank's layout, in host memory (pinned for a GPU), padded to whole pages.
 
-    lora_a     (layer, group) -> [num_sublinears, num_rows, in]
-    lora_b     (layer, group) -> [num_rows, out], scaling folded in
+    lora_a     fused group -> [num_layers, num_sublinears, num_rows, in]
+    lora_b     fused group -> [num_layers, num_rows, out], scaling folded in
     gain_row   which of the rows holds DoRA's gain - 1 in lora_b; None without DoRA
     A group that the adapter leaves alone is absent.
     """
 
-    lora_a: dict[GroupKey, torch.Tensor]
-    lora_b: dict[GroupKey, torch.Tensor]
+    lora_a: dict[str, torch.Tensor]
+    lora_b: dict[str, torch.Tensor]
     num_rows: int
     gain_row: int | None
 
@@ -46,16 +46,20 @@ class AdapterBank:
         self, spec: ModelSpec, num_rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_rows = num_rows
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._out_splits = {group: spec.out_splits(group) for group in FUSED}
         self._kept: dict[tuple[GroupKey, int, int], LoraRows] = {}
-        self.lora_a: dict[GroupKey, torch.Tensor] = {}
-        self.lora_b: dict[GroupKey, torch.Tensor] = {}
-        for layer in range(spec.num_layers):
-            for group, linears in FUSED.items():
-                a_shape = (len(linears), num_rows, spec.in_features(group))
-                b_shape = (num_rows, sum(spec.out_splits(group)))
-                self.lora_a[layer, group] = torch.zeros(a_shape, dtype=dtype, device=device)
-                self.lora_b[layer, group] = torch.zeros(b_shape, dtype=dtype, device=device)
+        self._all_a: dict[str, torch.Tensor] = {}  # of all layers, in one tensor a group
+        self._all_b: dict[str, torch.Tensor] = {}
+        for group, linears in FUSED.items():
+            a_shape = (spec.num_layers, len(linears), num_rows, spec.in_features(group))
+            b_shape = (spec.num_layers, num_rows, sum(spec.out_splits(group)))
+            self._all_a[group] = torch.zeros(a_shape, dtype=dtype, device=device)
+            self._all_b[group] = torch.zeros(b_shape, dtype=dtype, device=device)
+        keys = [(layer, group) for layer in range(spec.num_layers) for group in FUSED]
+        self.lora_a = {(layer, group): self._all_a[group][layer] for layer, group in keys}
+        self.lora_b = {(layer, group): self._all_b[group][layer] for layer, group in keys}
 
     def rows(self, key: GroupKey, rows: slice | torch.Tensor) -> LoraRows:
         """A step's rows of one linear, for `add_lora`; kept for the next step if they are few."""
@@ -72,7 +76,8 @@ class AdapterBank:
     def _select(self, key: GroupKey, rows: slice | torch.Tensor) -> LoraRows:
         """One product for each sublinear: views of the bank if the rows are neighbours."""
         lora_a, lora_b = self.lora_a[key], self.lora_b[key]
-        found, first = [], 0
+        found: LoraRows = []
+        first = 0
         for sublinear, width in enumerate(self._out_splits[key[1]]):
             columns = slice(first, first + width)
             found.append((lora_a[sublinear, rows].T, lora_b[rows, columns], columns))
@@ -85,17 +90,31 @@ class AdapterBank:
         lora_b = torch.block_diag(*(b for _, b, _ in parts))
         return [(torch.cat([a for a, _, _ in parts], dim=1), lora_b, None)]
 
-    def write(self, rows: slice | torch.Tensor, adapter: PackedAdapter) -> None:
-        """Copy an adapter into rows that no step reads: a slice, or [num_rows] int64."""
-        for key, bank_a in self.lora_a.items():
-            bank_b = self.lora_b[key]
-            if key not in adapter.lora_a:
-                bank_a[:, rows] = 0
-                bank_b[rows] = 0
-                continue
-            bank_a[:, rows] = adapter.lora_a[key].to(bank_a.device, non_blocking=True)
-            bank_b[rows] = adapter.lora_b[key].to(bank_b.device, non_blocking=True)
+    def write(self, rows: list[int], adapter: PackedAdapter) -> None:
+        """Copy an adapter into rows that no later step reads; done when this returns.
+
+        On a GPU it goes on beside the steps, once those under way are done: they may still read
+        what these rows held before. Call it from a thread that may wait.
+        """
+        if self._stream is None:
+            self._copy(rows, adapter)
+        else:
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._copy(rows, adapter)
+            self._stream.synchronize()
         self._kept.clear()  # stacked copies of what these rows held; no step used them meanwhile
+
+    def _copy(self, rows: list[int], adapter: PackedAdapter) -> None:
+        index = rows_index(rows, self._device)
+        for group, bank_a in self._all_a.items():
+            bank_b = self._all_b[group]
+            if group not in adapter.lora_a:
+                bank_a[:, :, index] = 0
+                bank_b[:, index] = 0
+                continue
+            bank_a[:, :, index] = adapter.lora_a[group].to(self._device, non_blocking=True)
+            bank_b[:, index] = adapter.lora_b[group].to(self._device, non_blocking=True)
 
 
 def bank_row_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:

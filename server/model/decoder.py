@@ -69,9 +69,18 @@ class Decoder:
         self._cos, self._sin = rotary
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._embedding.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights, and of keys and values."""
         return self._embedding.dtype
+
+    def linear(self, layer: int, group: str) -> Linear:
+        """One of the fused linears."""
+        return self.layers[layer].linears[group]
 
     def forward(self, step: ModelInput, kv: KVCache, bank: AdapterBank) -> torch.Tensor:
         """Run one step, writing its keys and values: returns logits [num_logits, vocab]."""

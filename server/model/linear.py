@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.kernels import nf4_linear, nf4_pack
 from server.kernels.dense_linear import DenseWeight, dense_linear, pack
 from server.quant import nf4
 
@@ -22,6 +23,35 @@ class Linear:
         """[num_tokens, in] -> [num_tokens, out], in the dtype of activations."""
         y = dense_linear(x.to(self.weight.weight.dtype), self.weight)
         return y.to(self.row_norms_squared.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Linear:
+    """The same over NF4 weights, in the layout of the GPU's kernel.
+
+    out_splits         output features of each stacked matrix
+    row_norms_squared  [out] fp32, as in Linear
+    """
+
+    weight: nf4_pack.NF4LinearWeight
+    out_splits: tuple[int, ...]
+    row_norms_squared: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in] bf16 -> [num_tokens, out] bf16."""
+        return nf4_linear.nf4_linear(x, self.weight)
+
+
+def make_nf4_linear(matrices: list[torch.Tensor], device: torch.device) -> NF4Linear:
+    """Stack matrices [out_i, in], quantized one by one on the device."""
+    qweights, absmaxes, norms = [], [], []
+    for matrix in matrices:
+        quantized = nf4.quantize(matrix.to(device))
+        qweights.append(quantized.qweight)
+        absmaxes.append(quantized.absmax())
+        norms.append(quantized.dequantize(torch.float32).square_().sum(dim=1))
+    weight = nf4_pack.pack(torch.cat(qweights), torch.cat(absmaxes))
+    return NF4Linear(weight, tuple(m.shape[0] for m in matrices), torch.cat(norms))
 
 
 def make_linear(

@@ -112,7 +112,15 @@ class SimulatedRunner:
     def _check_bounds(self, plan: Plan) -> None:
         simulation = self._simulation
         requests = [part.request for part in plan.parts]
-        assert 0 < sum(part.num_tokens for part in plan.parts) <= simulation.config.max_step_tokens
+        assert (
+            0
+            < sum(part.num_tokens for part in plan.parts)
+            <= (
+                simulation.config.max_step_tokens
+                if plan.decodes
+                else simulation.config.max_prefill_tokens
+            )
+        )
         assert len(set(map(id, requests))) == len(requests) <= simulation.config.max_running
         assert all(part.num_tokens == 1 and part.samples for part in plan.decodes)
         for request in requests:
@@ -139,7 +147,13 @@ class Simulation:
         **config: Any,
     ) -> None:
         self.config = SchedulerConfig(
-            **{"max_step_tokens": 32, "max_running": 8, "max_wait_s": 10.0, **config}
+            **{
+                "max_step_tokens": 32,
+                "max_prefill_tokens": config.get("max_step_tokens", 32),
+                "max_running": 8,
+                "max_wait_s": 10.0,
+                **config,
+            }
         )
         self.now = 100.0
         self.bank, self.executor = FakeBank(), HandExecutor()

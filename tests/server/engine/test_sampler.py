@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, SamplingParams
-from server.engine.sampler import Sampler, token_logprobs, uniform
+from server.engine.sampler import Sampler, token_logprobs
+from server.engine.sampler_reference import uniform
 
 EOS = 3
 MAX_RUNNING = 16
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then it is the GPU's kernel that samples
 Floats = npt.NDArray[np.float64]
+many_draws = pytest.mark.skipif(INTERPRETED, reason="takes the interpreter minutes")
 _times = itertools.count(1)
 
 
@@ -48,7 +52,7 @@ def make_request(
 
 
 def make_sampler(vocab: int) -> Sampler:
-    return Sampler(vocab, MAX_RUNNING, (EOS,), torch.device("cpu"))
+    return Sampler(vocab, MAX_RUNNING, (EOS,), torch.device("cpu"), is_fused=INTERPRETED)
 
 
 def sample(logits: torch.Tensor, *requests: Request) -> list[int]:
@@ -114,7 +118,7 @@ PARAMS = st.fixed_dictionaries(
 TOKENS = st.lists(st.integers(0, 19), min_size=1, max_size=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=25 if INTERPRETED else 300, deadline=None)
 @given(
     params=PARAMS, prompt=TOKENS, output=TOKENS, seed=st.integers(0, 2**63), numbers=st.integers(0)
 )
@@ -127,6 +131,7 @@ def test_any_parameters_give_what_their_definitions_say(
     assert_as_defined(logits, request)
 
 
+@many_draws
 def test_many_draws_are_distributed_as_the_model_says() -> None:
     """Pearson's chi-square over 20,000 seeds; 99.9 % of fair samplers stay below 24.3 at df 7."""
     logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, 0.0, -0.5, -1.0, -3.0]])
@@ -178,6 +183,7 @@ def rows_of_every_kind(vocab: int) -> list[Request]:
     ]
 
 
+@many_draws
 @pytest.mark.parametrize("vocab", [50, 1024, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_request_draws_the_same_alone_and_in_any_batch(vocab: int, dtype: torch.dtype) -> None:
@@ -197,6 +203,7 @@ def test_a_request_draws_the_same_alone_and_in_any_batch(vocab: int, dtype: torc
         assert backwards == alone[::-1]
 
 
+@many_draws
 def test_a_filters_edge_falls_the_same_way_whatever_else_is_sorted() -> None:
     """Hundreds of tokens tie at the edge of top-k; a neighbour that sorts more changes nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -248,6 +255,7 @@ def test_as_the_temperature_falls_towards_nothing_sampling_becomes_greedy(
         assert sample(logits, request) == [1]
 
 
+@many_draws
 def test_at_a_huge_temperature_every_token_is_equally_likely() -> None:
     logits = torch.tensor([[50.0, 0.0, -50.0, 10.0]])
 
@@ -265,6 +273,7 @@ def test_logits_gone_wrong_still_give_a_token_of_the_vocabulary() -> None:
     assert all(0 <= token < 50 for token in tokens)
 
 
+@many_draws
 def test_top_k_beyond_the_vocabulary_is_no_limit() -> None:
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
 
@@ -273,6 +282,7 @@ def test_top_k_beyond_the_vocabulary_is_no_limit() -> None:
         assert sample(logits, limited) == sample(logits, make_request(seed=seed))
 
 
+@many_draws
 def test_top_p_keeps_the_smallest_head_that_holds_it() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
@@ -286,6 +296,7 @@ def test_top_p_keeps_the_smallest_head_that_holds_it() -> None:
     assert drawn(0.0) == {0}
 
 
+@many_draws
 def test_top_p_is_taken_of_what_top_k_leaves() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()  # of the first two: 0.57, 0.43
 
@@ -295,6 +306,7 @@ def test_top_p_is_taken_of_what_top_k_leaves() -> None:
     assert drawn == {0}
 
 
+@many_draws
 def test_top_p_that_needs_more_than_the_first_candidates_gets_them() -> None:
     logits = np.zeros(6000)
     logits[:10] = 1.0

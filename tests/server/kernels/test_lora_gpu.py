@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.kernels import lora_gpu, nf4_linear, nf4_pack, nvrtc
+from server.kernels import lora_gpu, lora_launch, nf4_linear, nf4_pack, nvrtc
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -142,7 +142,7 @@ def test_the_source_compiles_for_each_architecture(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert nvrtc.compiled(lora_gpu.kernel_source(), arch)
+    assert nvrtc.compiled(lora_launch.kernel_source(), arch)
 
 
 @dataclass(frozen=True)

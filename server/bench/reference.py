@@ -1,0 +1,84 @@
+"""The reference for speed: random weights in the shape of Mistral-7B-v0.1, and adapters over it."""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from server.bench.workload import save_random_adapter
+from server.model.spec import FUSED, ModelSpec, read_spec
+
+_LAYERS_PER_SHARD = 8
+_CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def save_reference_base(folder: Path, device: torch.device, **changes: object) -> ModelSpec:
+    """Write a checkpoint, its weights made on `device`; `changes` replace fields of its config."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(_CONFIG | changes))
+    spec = read_spec(folder)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        empty = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return empty.normal_(std=0.02, generator=generator).cpu()
+
+    weight_map: dict[str, str] = {}
+    with ThreadPoolExecutor(4) as pool:
+
+        def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
+            weight_map.update(dict.fromkeys(tensors, name))
+            pool.submit(save_file, tensors, folder / name, {"format": "pt"})
+
+        ends = {name: normal(spec.vocab_size, spec.hidden_size) for name in _ENDS}
+        save("ends.safetensors", ends | {"model.norm.weight": _ones(spec)})
+        for first in range(0, spec.num_layers, _LAYERS_PER_SHARD):
+            tensors: dict[str, torch.Tensor] = {}
+            for layer in range(first, min(first + _LAYERS_PER_SHARD, spec.num_layers)):
+                prefix = f"model.layers.{layer}."
+                for name in ("input_layernorm", "post_attention_layernorm"):
+                    tensors[f"{prefix}{name}.weight"] = _ones(spec)
+                for name in (name for names in FUSED.values() for name in names):
+                    tensors[f"{prefix}{name}.weight"] = normal(*spec.linear_shape(name))
+            save(f"layers-{first:02d}.safetensors", tensors)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return spec
+
+
+_ENDS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _ones(spec: ModelSpec) -> torch.Tensor:
+    return torch.ones(spec.hidden_size, dtype=torch.bfloat16)
+
+
+def save_adapters(folder: Path, spec: ModelSpec, ranks: Iterable[int]) -> list[Path]:
+    """One random adapter of each rank, on every linear; written by several threads."""
+    with ThreadPoolExecutor(8) as pool:
+        made = [
+            pool.submit(save_random_adapter, folder / f"{seed:04d}-r{rank}", spec, seed, rank)
+            for seed, rank in enumerate(ranks)
+        ]
+        return [future.result() for future in made]
