@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup base serve test test-slow test-all test-gpu check format clean
+.PHONY: help setup base serve loadtest test test-slow test-all test-gpu check format clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -44,6 +44,9 @@ base: $(INSTALLED) ## make the default base, once
 
 serve: base ## serve the default base and two example adapters on 127.0.0.1:8000
 	@exec $(BIN)/turnout serve --example-adapters $(ARGS)
+
+loadtest: base ## load a server of 20 adapters for a minute; .turnout/loadtest/report.html
+	@$(BIN)/turnout loadtest demo $(ARGS)
 
 test: base ## run the tests that take seconds
 	@$(PYTEST) -m "not slow and not gpu"

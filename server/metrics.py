@@ -18,6 +18,14 @@ ServingPath = Literal["base", "adapter", "merged"]
 NUM_TOP_ADAPTERS = 16  # that have histograms of their own; the rest share `other`
 _OVERTAKE = 1.25  # a newcomer to the top needs this many times the tokens of the least one in it
 
+# There from the start, at 0: a counter that appears with its first event hides it from `increase`.
+_ALARMING_CODES = (
+    "adapter_load_failed", "engine_failed", "internal_error", "server_overloaded",
+    "tenant_overloaded",
+)  # fmt: skip
+_KINDS_OF_LOAD = (("disk", "ok"), ("host", "ok"), ("gpu", "failed"))  # (tier, result)
+_EVICTING_TIERS = ("gpu", "host")
+
 # vLLM's bounds, with finer ones below them where its first bound is longer than our whole step.
 TTFT_BOUNDS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
@@ -198,7 +206,11 @@ class Metrics:
         self.num_restarts = 0
         self.paths: dict[ServingPath, PathSeries] = {"base": PathSeries(), "adapter": PathSeries()}
         self.finished: Counter[FinishReason] = Counter()
-        self.errors: Counter[str] = Counter()  # by code, whatever the route
+        self.errors: Counter[str] = Counter(dict.fromkeys(_ALARMING_CODES, 0))  # on any route
+        self.loads: Counter[tuple[str, str]] = Counter(dict.fromkeys(_KINDS_OF_LOAD, 0))
+        self.evictions: Counter[str] = Counter(dict.fromkeys(_EVICTING_TIERS, 0))  # by tier
+        self.drain_s = 0.0  # since the drain began; 0 before
+        self.drain_limit_s = 0.0  # the grace that running requests have then
         self.adapters: dict[str, AdapterSeries] = {}
         self.other = TopHistograms()
         self._before = EngineStats()  # totals of engines that have died
@@ -256,7 +268,11 @@ class Metrics:
         )
 
     def on_event(self, event: AdapterEvent) -> None:
-        """Count an adapter's move between tiers under every name it goes by."""
+        """Count an adapter's move between tiers: in all, and under every name it goes by."""
+        if event.event in ("loaded", "failed"):
+            self.loads[event.tier, "ok" if event.event == "loaded" else "failed"] += 1
+        elif event.event == "evicted":
+            self.evictions[event.tier] += 1
         for name in self.names().get(event.digest, ()):
             _count_event(self.adapter(name), event)
 

@@ -45,9 +45,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.bench",
         "server.default_base",
         "server.doctor",
+        "loadtest",
         *SHARED,
     ),
     "adapters": (),
+    "deploy": (),
     "training": ("adapters", "server.quant"),
     "loadtest": (),
 }

@@ -176,6 +176,8 @@ def _engine_families(metrics: Metrics) -> Iterator[Metric]:
         ("bank_rows", "Rank rows the adapter bank holds.", _bank_rows(metrics)),
         ("bank_rows_used", "Rank rows of the bank in use.", stats.bank_rows_used),
         ("host_adapter_bytes", "Host memory that adapters take.", stats.host_bytes_used),
+        ("drain_seconds", "Since the drain began; 0 before.", metrics.drain_s),
+        ("drain_limit_seconds", "What a drain may take.", metrics.drain_limit_s),
     ):
         yield GaugeMetricFamily(f"turnout_{name}", text, value=value)
     tokens = CounterMetricFamily(
@@ -185,6 +187,13 @@ def _engine_families(metrics: Metrics) -> Iterator[Metric]:
         tokens.add_metric([path], series.generation_tokens)
     yield tokens
     yield _counter("turnout_errors", "Requests refused or failed, by code.", "code", metrics.errors)
+    yield _counter("turnout_evictions", "Evictions from a tier.", "tier", metrics.evictions)
+    loads = CounterMetricFamily(
+        "turnout_bank_loads", "Loads into the bank.", labels=["tier", "result"]
+    )
+    for (tier, result), count in sorted(dict(metrics.loads).items()):
+        loads.add_metric([tier, result], count)
+    yield loads
 
 
 def _bank_rows(metrics: Metrics) -> int:

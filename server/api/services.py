@@ -46,9 +46,15 @@ class Services:
     authenticator: Authenticator
     started: int = field(default_factory=lambda: int(time.time()))  # unix seconds
     is_draining: bool = False
+    drain_began: float | None = None  # monotonic seconds
     is_cut_off: bool = False  # the drain's grace is over
     usage: Counter[str] = field(default_factory=Counter)  # tokens per digest, not yet registered
     _running: set[asyncio.Future[Any]] = field(default_factory=set)
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds since the drain began; 0 before."""
+        return 0.0 if self.drain_began is None else time.monotonic() - self.drain_began
 
     def check_open(self) -> None:
         """Raise ServeError 503 while starting, draining, or without an engine."""
@@ -88,6 +94,7 @@ class Services:
     async def drain(self) -> None:
         """Stop taking on work, let what runs finish within the grace period, then cut it off."""
         self.is_draining = True
+        self.drain_began = time.monotonic()
         grace_s = self.config.server.drain_s
         log.info("drain begun", extra={"num_requests": self.admission.num_admitted})
         if not await self._wait_until_idle(grace_s):

@@ -5,6 +5,7 @@ import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,10 +28,12 @@ from server.model.kv_cache import KVCache, block_bytes
 from server.model.loader import Checkpoint, OnProgress, load_decoder
 from server.model.spec import ModelSpec, read_spec
 
+if TYPE_CHECKING:
+    from server.model.gpu_decoder import GpuDecoder
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:  # it comes with torch's builds for a GPU
     from server.engine.gpu_build import gpu_runner
-    from server.model.gpu_decoder import GpuDecoder
     from server.model.gpu_loader import load_gpu_decoder
 
 
