@@ -144,8 +144,22 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 3,
     baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
     http: Annotated[bool, typer.Option(help="Run a server process beside it too.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    gpu_table: Annotated[
+        bool, typer.Option("--gpu-table", help="Instead: a random 7B on this GPU, all figures.")
+    ] = False,
+    popular: Annotated[
+        int, typer.Option(help="With --gpu-table: adapters for the figure about popularity.")
+    ] = 0,
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
+    if gpu_table:
+        from server.bench.gpu_table import run as run_gpu_table
+
+        run_gpu_table(json_file, num_popular=popular)
+        return
     model = base_config(base, None, quantization=quantization)
     from server.bench.run import BenchOptions, run
 
@@ -157,6 +171,7 @@ def bench(
         rounds=rounds,
         baseline=baseline,
         http=http,
+        json_file=json_file,
     )
     run(options)
 

@@ -1,12 +1,12 @@
-"""`turnout bench --gpu-table`: the reference on this GPU, each figure beside what bytes allow."""
+"""`turnout bench --gpu-table`: the reference on this GPU, each figure beside its floor."""
 
-import itertools
+import gc
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,20 +16,23 @@ from rich.table import Table
 
 from adapters.registry import Registry
 from server.adapter_admin import base_shape
+from server.bench.driver import Driver, p99
+from server.bench.http import HttpSystem
 from server.bench.reference import save_adapters, save_reference_base
-from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
-from server.engine.build import build_engine
-from server.engine.gpu_runner import GpuRunner
-from server.engine.request import AdapterRef, Request, SamplingParams
-from server.model.spec import ModelSpec
+from server.config import CacheConfig, ModelConfig
+from server.engine.messages import RequestOutput
+from server.engine.request import AdapterRef
 
-PROMPT_TOKENS = NEW_TOKENS = 256
+PROMPT, NEW = 256, 256  # tokens of a request
 NUM_ADAPTERS, RANK = 32, 16
 MIXED_RANKS = (64, 16, 8, 8, 8, 8, 8, 8)  # 16 on average
-BANK_ROWS = 2 * NUM_ADAPTERS * RANK
+CAPPED_GIB = 22
 
-# batch -> ms that a step's bytes take at 3.0 TB/s, the bandwidth measured on an H100
-STEP_FLOOR = {1: 1.3, 8: 1.6, 32: 2.7, 64: 3.2}
+# batch -> what a step's bytes take at 3.0 TB/s, the bandwidth measured on an H100
+STEP_FLOOR_MS = {1: 1.3, 8: 1.6, 32: 2.7, 64: 3.2}
+
+# 131,072 tokens, whatever else lives on the card
+CACHE = CacheConfig(num_blocks=8192, prefix_caching=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,245 +46,257 @@ class Figure:
     note: str = ""
 
 
-class Bench:
-    """The engine over the reference, driven in this process."""
+def run(json_file: Path | None, *, num_popular: int = 0) -> list[Figure]:
+    """Measure everything, print each figure as it comes and the table at the end.
 
-    def __init__(self, base: Path, store: Path, cache: CacheConfig, bank_rows: int) -> None:
-        self.model = ModelConfig(path=base, name="reference", device="cuda")
-        config = Config(
-            model=self.model,
-            cache=cache,
-            adapters=AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=16 << 30),
-        )
-        began = time.perf_counter()
-        self.engine, self.info = build_engine(config, lambda stage, fraction: None)
-        self.start_s = time.perf_counter() - began
-        self._ids = itertools.count()
-        self._random = random.Random(0)
-
-    def add(
-        self,
-        adapter: AdapterRef | None,
-        prompt_tokens: int = PROMPT_TOKENS,
-        new_tokens: int = NEW_TOKENS,
-    ) -> str:
-        """Queue a request with a random prompt; returns its id."""
-        request_id = str(next(self._ids))
-        self.engine.add(
-            Request(
-                request_id=request_id,
-                prompt_ids=[self._random.randrange(3, 32000) for _ in range(prompt_tokens)],
-                sampling=SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True),
-                adapter=adapter,
-                tenant="",
-                arrival_time=time.monotonic(),
-                seed=0,
-            )
-        )
-        return request_id
-
-    def run(self, on_step: Callable[[float], None] | None = None) -> "Trace":
-        """Step until nothing is left to do; `on_step` gets the seconds since the start."""
-        trace = Trace(time.perf_counter(), [], {})
-        while self.engine.has_work:
-            outputs = self.engine.step()
-            now = time.perf_counter()
-            for output in outputs:
-                assert output.error is None, output.error
-                trace.times.setdefault(output.request_id, []).append(now)
-            if outputs:
-                trace.steps.append((now, len(outputs)))
-            if self.engine.is_stalled:
-                time.sleep(0.0002)
-            if on_step is not None:
-                on_step(now - trace.began)
-        return trace
-
-    def replay_ms(self) -> float:
-        """What the last step's graph takes on the GPU."""
-        assert isinstance(self.engine.runner, GpuRunner), "the bench is for the GPU's own kernels"
-        return self.engine.runner.replay_ms()
-
-    def load(self, adapters: list[AdapterRef]) -> None:
-        """Bring adapters into the bank."""
-        for adapter in adapters:
-            self.add(adapter, prompt_tokens=8, new_tokens=1)
-        self.run()
-
-
-@dataclass(slots=True)
-class Trace:
-    """When tokens came, on the clock of time.perf_counter."""
-
-    began: float
-    steps: list[tuple[float, int]]  # end of each step that gave tokens, and how many
-    times: dict[str, list[float]]  # by request
-
-    def step_ms(self, batch: int) -> float:
-        """Mean time between two steps in a row that both served the whole batch."""
-        spans = [
-            after[0] - before[0]
-            for before, after in itertools.pairwise(self.steps)
-            if before[1] == after[1] == batch
-        ]
-        return statistics.mean(spans) * 1e3
-
-    def first_token_ms(self) -> float:
-        """Mean time from the start to a request's first token."""
-        return statistics.mean(times[0] - self.began for times in self.times.values()) * 1e3
-
-    def gaps_ms(self, requests: list[str]) -> list[float]:
-        """Times between two tokens of a stream, of all these streams."""
-        return [
-            (after - before) * 1e3
-            for request in requests
-            for before, after in itertools.pairwise(self.times[request])
-        ]
-
-
-def run(json_file: Path | None, *, quick: bool = False) -> list[Figure]:
-    """Measure everything, print the table, and return its lines."""
-    console = Console(width=110)
-    device = torch.device("cuda")
-    figures: list[Figure] = []
-
-    def note(
-        name: str, value: float, unit: str, floor: float | None = None, text: str = ""
-    ) -> None:
-        figures.append(Figure(name, round(value, 3), unit, floor, text))
-        console.print(f"{name}: {value:.3f} {unit} {text}", highlight=False)
-
+    num_popular  how many rank-4 adapters to register for the figure about popularity; 0 leaves it
+                 out, for a thousand take 40 GB of disk and some ten minutes
+    """
+    console = Console(width=120)
+    figures = []
     with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
-        root = Path(scratch)
-        spec = save_reference_base(root / "base", device)
-        uniform, mixed = _register(root, spec, quick=quick)
-        bench = Bench(root / "base", root / "store", CacheConfig(prefix_caching=False), BANK_ROWS)
-        note("start to ready", bench.start_s, "s", None, "kernels compiled or cached, graphs")
-        bench.load(uniform)
-        _decode(bench, uniform, note)
-        _first_tokens(bench, uniform, note)
-        _prefill(bench, uniform, note)
-        _beside_long_prompts(bench, uniform, note)
-        _beside_loads(bench, uniform, note)
-        if mixed:
-            _mixed_ranks(bench, mixed, note)
+        for figure in _figures(Path(scratch), num_popular):
+            figures.append(figure)
+            console.print(f"{figure.name}: {figure.value:.3f} {figure.unit} {figure.note}")
     _print(figures, console)
     if json_file is not None:
-        versions = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-        rows = {**versions, "figures": [asdict(figure) for figure in figures]}
+        rows = {
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(),
+            "date": time.strftime("%Y-%m-%d"),
+            "figures": [asdict(figure) for figure in figures],
+        }
         json_file.write_text(json.dumps(rows, indent=1))
     return figures
 
 
-Note = Callable[..., None]
+def _figures(root: Path, num_popular: int) -> Iterator[Figure]:
+    device = torch.device("cuda")
+    spec = save_reference_base(root / "base", device)
+    store = root / "store"
+    ranks = [RANK] * NUM_ADAPTERS + list(MIXED_RANKS) * (NUM_ADAPTERS // len(MIXED_RANKS))
+    refs = _push(store, root / "base", save_adapters(root / "adapters", spec, ranks))
+    uniform, mixed = refs[:NUM_ADAPTERS], refs[NUM_ADAPTERS:]
+
+    driver = Driver(root / "base", store, CACHE, 2 * NUM_ADAPTERS * RANK)
+    yield Figure("start to ready, caches as they are", driver.start_s, "s")
+    driver.load(uniform)
+    yield from _decode(driver, uniform)
+    yield from _one_row(driver, uniform)
+    yield from _first_tokens(driver, uniform)
+    yield from _prefill(driver, uniform)
+    yield from _beside_prompts(driver, uniform)
+    yield from _beside_loads(driver, uniform)
+    yield from _mixed_ranks(driver, mixed)
+    if num_popular:
+        folders = save_adapters(root / "popular", spec, [4] * num_popular)
+        yield from _popularity(driver, _push(store, root / "base", folders))
+    engine_s = _whole(driver, uniform)
+    del driver
+    gc.unfreeze()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    began = time.perf_counter()
+    http = HttpSystem(
+        ModelConfig(path=root / "base", name="reference"),
+        [f"a{index}" for index in range(NUM_ADAPTERS)],
+        store,
+        NEW,
+        2 * NUM_ADAPTERS * RANK,
+    )
+    try:
+        yield Figure("server process, start to ready", time.perf_counter() - began, "s")
+        yield from _over_http(http, engine_s)
+    finally:
+        http.close()
+    yield from _capped(root / "base", store, uniform)
 
 
-def _register(
-    root: Path, spec: ModelSpec, *, quick: bool
-) -> tuple[list[AdapterRef], list[AdapterRef]]:
-    """Uniform and mixed adapters, pushed into a store."""
-    ranks = [RANK] * NUM_ADAPTERS
-    if not quick:
-        ranks += [MIXED_RANKS[index % len(MIXED_RANKS)] for index in range(NUM_ADAPTERS)]
-    folders = save_adapters(root / "adapters", spec, ranks)
-    registry = Registry.open(root / "store", base_shape(ModelConfig(path=root / "base")))
-    found = []
-    for index, folder in enumerate(folders):
-        revision = registry.push(f"a{index}", folder)
-        found.append(AdapterRef(revision.digest, revision.num_rank_rows))
+def _push(store: Path, base: Path, folders: list[Path]) -> list[AdapterRef]:
+    registry = Registry.open(store, base_shape(ModelConfig(path=base)))
+    first = len(registry.list())
+    revisions = [registry.push(f"a{first + i}", folder) for i, folder in enumerate(folders)]
     registry.close()
-    return found[:NUM_ADAPTERS], found[NUM_ADAPTERS:]
+    return [AdapterRef(revision.digest, revision.num_rank_rows) for revision in revisions]
 
 
-def _decode(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
+def _decode(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for batch, count in ((1, 1), (8, 8), (32, 32), (64, 32)):
         for index in range(batch):
-            bench.add(adapters[index % count])
-        measured = bench.run().step_ms(batch)
-        gpu = bench.replay_ms()
-        text = f"GPU alone {gpu:.2f} ms, {batch * 1e3 / measured:,.0f} tok/s"
-        note(f"decode, batch {batch}, {count} adapters", measured, "ms", STEP_FLOOR[batch], text)
-    base = {}
-    for label, first in (("no adapter", None), ("one row with an adapter", adapters[0])):
+            driver.add(adapters[index % count], PROMPT, NEW)
+        measured = driver.run().step_ms(batch)
+        gpu = _gpu_ms(driver, [adapters[index % count] for index in range(batch)])
+        note = f"{batch * 1e3 / measured:,.0f} tok/s; the GPU alone {gpu:.2f} ms"
+        name = f"decode step, batch {batch}, {count} adapter{'s' * (count > 1)}"
+        yield Figure(name, measured, "ms", STEP_FLOOR_MS[batch], note)
+
+
+def _gpu_ms(driver: Driver, batch: list[AdapterRef]) -> float:
+    """The step in the middle of such a run, replayed without the host."""
+    requests = [driver.add(adapter, PROMPT, NEW) for adapter in batch]
+    found: list[float] = []
+    num_full = 0
+
+    def replay(seconds: float, outputs: list[RequestOutput]) -> None:
+        nonlocal num_full
+        num_full += len(outputs) == len(batch)
+        if num_full == NEW // 2 and not found:
+            found.append(driver.replay_ms())
+            for request in requests:
+                driver.engine.abort(request)
+
+    driver.run(replay)
+    return found[0]
+
+
+def _one_row(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    steps = []
+    for first in (None, adapters[0]):
         for index in range(32):
-            bench.add(first if index == 0 else None)
-        base[label] = bench.run().step_ms(32)
-        note(f"decode, batch 32, {label}", base[label], "ms")
-    note("one LoRA row among 32", base["one row with an adapter"] - base["no adapter"], "ms more")
+            driver.add(first if index == 0 else None, PROMPT, NEW)
+        steps.append(driver.run().step_ms(32))
+    yield Figure("decode step, batch 32, no adapter", steps[0], "ms")
+    yield Figure("one row of the 32 with an adapter", steps[1] - steps[0], "ms more")
 
 
-def _mixed_ranks(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
-    bench.load(adapters)
+def _mixed_ranks(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    driver.load(adapters)
     for adapter in adapters:
-        bench.add(adapter)
-    note("decode, batch 32, ranks 8 to 64, mean 16", bench.run().step_ms(32), "ms")
+        driver.add(adapter, PROMPT, NEW)
+    yield Figure("decode step, batch 32, ranks 8 to 64, mean 16", driver.run().step_ms(32), "ms")
 
 
-def _first_tokens(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
+def _first_tokens(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for batch in (1, 8, 32, 64):
         for index in range(batch):
-            bench.add(adapters[index % len(adapters)], new_tokens=4)
-        name = f"mean time to first token, {batch} prompts of {PROMPT_TOKENS} at once"
-        note(name, bench.run().first_token_ms(), "ms")
+            driver.add(adapters[index % len(adapters)], PROMPT, 4)
+        name = f"mean time to first token, {batch} prompt{'s' * (batch > 1)} at once"
+        yield Figure(name, driver.run().first_token_ms(), "ms")
 
 
-def _prefill(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
+def _prefill(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for index in range(8):
-        bench.add(adapters[index], prompt_tokens=2048, new_tokens=1)
-    trace = bench.run()
-    note("prefill of 8 x 2,048 tokens", max(t for t, _ in trace.steps) - trace.began, "s", 0.3)
+        driver.add(adapters[index], 2048, 1)
+    yield Figure("prefill of 8 x 2,048 tokens, 8 adapters", driver.run().seconds, "s", 0.3)
 
 
-def _beside_long_prompts(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
-    streams = [bench.add(adapters[index], new_tokens=1000) for index in range(32)]
-    next_due = 1
+def _beside_prompts(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    streams = [driver.add(adapter, PROMPT, 1000) for adapter in adapters]
+    num_prompts = 0
 
-    def add_prompt(seconds: float) -> None:
-        nonlocal next_due
-        if seconds > next_due:
-            bench.add(adapters[next_due % len(adapters)], prompt_tokens=2048, new_tokens=1)
-            next_due += 1
+    def add_prompt(seconds: float, outputs: list[RequestOutput]) -> None:
+        nonlocal num_prompts
+        if seconds > 1 + num_prompts:
+            driver.add(adapters[num_prompts], 2048, 1)
+            num_prompts += 1
 
-    trace = bench.run(add_prompt)
-    gaps = sorted(trace.gaps_ms(streams))
-    note(
-        "p99 inter-token, 32 streams, 2,048-token prompts every second",
-        gaps[int(0.99 * len(gaps))],
-        "ms",
-        None,
-        f"median {statistics.median(gaps):.2f}, largest {gaps[-1]:.1f}",
+    gaps = driver.run(add_prompt).gaps_ms(streams)
+    note = f"median {statistics.median(gaps):.2f}, largest {gaps[-1]:.1f}"
+    name = "p99 between tokens, 32 streams, a 2,048-token prompt a second"
+    yield Figure(name, p99(gaps), "ms", None, note)
+
+
+def _beside_loads(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    """8 streams, alone, then while 5 adapters a second come from host memory, then from disk."""
+    running, others = adapters[:8], adapters[8:]
+    driver.engine.adapters.take_events()
+    for tier in ("nobody", "host", "disk"):
+        for adapter in others if tier == "host" else ():
+            driver.engine.adapters.evict(adapter.digest)
+        for adapter in others if tier == "disk" else ():
+            driver.engine.adapters.drop(adapter.digest)
+        driver.engine.adapters.take_events()
+        streams = [driver.add(adapter, PROMPT, 1400) for adapter in running]
+        due = [(0.5 + 0.2 * index, adapter) for index, adapter in enumerate(others)]
+
+        def load(
+            seconds: float, outputs: list[RequestOutput], due: list[tuple[float, AdapterRef]] = due
+        ) -> None:
+            if due and seconds > due[0][0]:
+                driver.engine.adapters.prefetch(due.pop(0)[1])
+
+        gaps = driver.run(None if tier == "nobody" else load).gaps_ms(streams)
+        name = f"p99 between tokens, 8 streams, 5 loads a second from {tier}"
+        yield Figure(name, p99(gaps), "ms", None, f"median {statistics.median(gaps):.2f}")
+        events = driver.engine.adapters.take_events()
+        seconds = [event.seconds for event in events if event.event == "loaded"]
+        if seconds:
+            yield Figure(f"{tier} to bank, rank 16", statistics.median(seconds) * 1e3, "ms")
+    driver.engine.adapters.drop(others[0].digest)
+    driver.add(others[0], PROMPT, 1)
+    yield Figure("disk to first token, rank 16", driver.run().first_token_ms(), "ms")
+
+
+def _popularity(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    """64 streams, each naming an adapter by Zipf's law, against 44 adapters that stay."""
+    random_ = random.Random(0)
+    rates = {}
+    for pool in (adapters[:44], adapters):
+        driver.load(pool[:44])
+        weights = [1 / (place + 1) for place in range(len(pool))]
+
+        def add(pool: list[AdapterRef] = pool, weights: list[float] = weights) -> None:
+            driver.add(random_.choices(pool, weights)[0], PROMPT, NEW)
+
+        def follow(seconds: float, outputs: list[RequestOutput]) -> None:
+            for output in outputs:
+                if output.finish_reason is not None and seconds < 30:
+                    add()
+
+        for _ in range(64):
+            add()
+        trace = driver.run(follow)
+        rates[len(pool)] = trace.num_tokens / trace.seconds
+    for count, rate in rates.items():
+        yield Figure(f"Zipf over {count} adapters of rank 4, 64 streams", rate, "tok/s")
+
+
+def _whole(driver: Driver, adapters: list[AdapterRef]) -> float:
+    """Seconds for 64 requests, all at once, from the first to the last token."""
+    driver.load(adapters)
+    for index in range(64):
+        driver.add(adapters[index % NUM_ADAPTERS], PROMPT, NEW)
+    return driver.run().seconds
+
+
+def _over_http(http: HttpSystem, engine_s: float) -> Iterator[Figure]:
+    random_ = random.Random(1)
+    choice: list[int | None] = [index % NUM_ADAPTERS for index in range(64)]
+    for _ in range(2):  # the first round loads the adapters
+        prompts = [[random_.randrange(3, 32000) for _ in range(PROMPT)] for _ in range(64)]
+        seconds = http.run(prompts, choice).total_s
+    note = f"engine {64 * NEW / engine_s:,.0f} tok/s, HTTP {64 * NEW / seconds:,.0f}"
+    yield Figure(
+        "throughput over HTTP with SSE, 64 streams", engine_s / seconds, "of it", None, note
     )
 
 
-def _beside_loads(bench: Bench, adapters: list[AdapterRef], note: Note) -> None:
-    """Loads at 5 a second of adapters that were dropped from the bank, while 8 others decode."""
-    running, loaded = adapters[:8], adapters[8:]
-    p99 = {}
-    for is_loading in (False, True):
-        for adapter in loaded:
-            bench.engine.adapters.drop(adapter.digest)
-        streams = [bench.add(adapter, new_tokens=1000) for adapter in running]
-        due = [(0.5 + 0.2 * index, adapter) for index, adapter in enumerate(loaded)]
-
-        def load_due(seconds: float, due: list[tuple[float, AdapterRef]] = due) -> None:
-            if due and seconds > due[0][0]:
-                bench.engine.adapters.prefetch(due.pop(0)[1])
-
-        gaps = sorted(bench.run(load_due if is_loading else None).gaps_ms(streams))
-        p99[is_loading] = gaps[int(0.99 * len(gaps))]
-        events = [e for e in bench.engine.adapters.take_events() if e.event == "loaded"]
-        if is_loading and events:
-            seconds = [event.seconds for event in events]
-            note("disk to bank, rank 16", statistics.median(seconds) * 1e3, "ms")
-    note("p99 inter-token of 8 streams, no loads", p99[False], "ms")
-    note("p99 inter-token of 8 streams, 5 loads a second", p99[True], "ms")
+def _capped(base: Path, store: Path, adapters: list[AdapterRef]) -> Iterator[Figure]:
+    """Base, 32 adapters of rank 16 and 64k tokens of KV on a card of 22 GiB."""
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(CAPPED_GIB * (1 << 30) / total)
+    cache = CacheConfig(num_blocks=4096, prefix_caching=False)
+    driver = Driver(base, store, cache, NUM_ADAPTERS * RANK)
+    driver.load(adapters)
+    for adapter in adapters[:8]:
+        driver.add(adapter, PROMPT, NEW)
+    step = driver.run().step_ms(8)
+    for adapter in adapters[:8]:
+        driver.add(adapter, 2048, 1)
+    driver.run()
+    used = (free - torch.cuda.mem_get_info()[0]) / (1 << 30)
+    note = f"{used:.1f} GiB used, prefill of 8 x 2,048 tokens included"
+    yield Figure(f"decode step, batch 8, 8 adapters, {CAPPED_GIB} GiB", step, "ms", None, note)
 
 
 def _print(figures: list[Figure], console: Console) -> None:
     table = Table(title=f"Mistral-7B shape, NF4, {torch.cuda.get_device_name()}")
-    for column in ("", "measured", "floor", ""):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("")
+    table.add_column("measured", justify="right")
+    table.add_column("floor", justify="right")
+    table.add_column("")
     for figure in figures:
         floor = "" if figure.floor is None else f"{figure.floor:g}"
-        table.add_row(figure.name, f"{figure.value:.2f} {figure.unit}", floor, figure.note)
+        table.add_row(figure.name, f"{figure.value:,.2f} {figure.unit}", floor, figure.note)
     console.print(table)

@@ -183,6 +183,12 @@ class AdapterCache:
         else:
             resident.is_dropped = True
 
+    def evict(self, digest: str) -> None:
+        """Take an idle adapter out of the bank; host memory keeps it."""
+        resident = self._residents.get(digest)
+        if resident is not None and resident.is_idle:
+            self._free(resident, "evicted")
+
     def poll(self) -> None:
         """Publish finished loads; call it between two steps."""
         finished = [r for r in self._residents.values() if r.loading and r.loading.done()]

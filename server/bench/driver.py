@@ -1,0 +1,128 @@
+"""An engine driven in this process, and when its tokens came."""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.engine.build import build_engine
+from server.engine.gpu_runner import GpuRunner
+from server.engine.latency import settle
+from server.engine.messages import RequestOutput
+from server.engine.request import AdapterRef, Request, SamplingParams
+
+OnStep = Callable[[float, list[RequestOutput]], None]  # seconds since the start, what came
+
+
+@dataclass(slots=True)
+class Trace:
+    """When tokens came, on the clock of time.perf_counter."""
+
+    began: float
+    ended: float = 0.0
+    steps: list[tuple[float, int]] = field(default_factory=list)  # end of a step, tokens it gave
+    times: dict[str, list[float]] = field(default_factory=dict)  # by request
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last token."""
+        return self.ended - self.began
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all requests."""
+        return sum(count for _, count in self.steps)
+
+    def step_ms(self, batch: int) -> float:
+        """Mean time from a step that served the whole batch to the next, if that did too."""
+        spans = [
+            after[0] - before[0]
+            for before, after in itertools.pairwise(self.steps)
+            if before[1] == after[1] == batch
+        ]
+        return statistics.mean(spans) * 1e3
+
+    def first_token_ms(self) -> float:
+        """Mean time from the start to a request's first token."""
+        return statistics.mean(times[0] - self.began for times in self.times.values()) * 1e3
+
+    def gaps_ms(self, requests: list[str]) -> list[float]:
+        """Times between two tokens of a stream, of all these streams, shortest first."""
+        return sorted(
+            (after - before) * 1e3
+            for request in requests
+            for before, after in itertools.pairwise(self.times[request])
+        )
+
+
+def p99(ordered: list[float]) -> float:
+    """The value that one in a hundred exceeds."""
+    return ordered[int(0.99 * len(ordered))]
+
+
+class Driver:
+    """One engine over a base on the GPU."""
+
+    def __init__(self, base: Path, store: Path, cache: CacheConfig, bank_rows: int) -> None:
+        self.model = ModelConfig(path=base, name="reference", device="cuda")
+        adapters = AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=16 << 30)
+        began = time.perf_counter()
+        self.engine, self.info = build_engine(
+            Config(model=self.model, cache=cache, adapters=adapters), lambda stage, fraction: None
+        )
+        self.start_s = time.perf_counter() - began
+        settle()
+        self._ids = itertools.count()
+        self._random = random.Random(0)
+
+    def add(self, adapter: AdapterRef | None, prompt_tokens: int, new_tokens: int) -> str:
+        """Queue a greedy request with a random prompt; returns its id."""
+        request_id = str(next(self._ids))
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+        self.engine.add(
+            Request(
+                request_id=request_id,
+                prompt_ids=[
+                    self._random.randrange(3, self.info.vocab_size) for _ in range(prompt_tokens)
+                ],
+                sampling=sampling,
+                adapter=adapter,
+                tenant="",
+                arrival_time=time.monotonic(),
+                seed=0,
+            )
+        )
+        return request_id
+
+    def run(self, on_step: OnStep | None = None) -> Trace:
+        """Step until nothing is left to do."""
+        trace = Trace(time.perf_counter())
+        while self.engine.has_work:
+            outputs = self.engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                assert output.error is None, output.error
+                trace.times.setdefault(output.request_id, []).append(now)
+            if outputs:
+                trace.steps.append((now, len(outputs)))
+                trace.ended = now
+            if self.engine.is_stalled:
+                time.sleep(0.0002)
+            if on_step is not None:
+                on_step(now - trace.began, outputs)
+        return trace
+
+    def load(self, adapters: list[AdapterRef]) -> None:
+        """Bring adapters into the bank."""
+        for adapter in adapters:
+            self.add(adapter, 8, 1)
+        self.run()
+
+    def replay_ms(self) -> float:
+        """What the last step's graph takes on the GPU, without the host."""
+        assert isinstance(self.engine.runner, GpuRunner), "for the GPU's own kernels"
+        return self.engine.runner.replay_ms()
