@@ -65,10 +65,12 @@ def p99(ordered: list[float]) -> float:
 
 
 class Driver:
-    """One engine over a base on the GPU."""
+    """One engine over a base."""
 
-    def __init__(self, base: Path, store: Path, cache: CacheConfig, bank_rows: int) -> None:
-        self.model = ModelConfig(path=base, name="reference", device="cuda")
+    def __init__(
+        self, base: Path, store: Path, cache: CacheConfig, bank_rows: int, device: str = "cuda"
+    ) -> None:
+        self.model = ModelConfig(path=base, name="reference", device=device)
         adapters = AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=16 << 30)
         began = time.perf_counter()
         self.engine, self.info = build_engine(

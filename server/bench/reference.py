@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 
 from server.bench.workload import save_random_adapter
 from server.model.spec import FUSED, ModelSpec, read_spec
@@ -38,6 +40,7 @@ def save_reference_base(folder: Path, device: torch.device, **changes: object) -
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_CONFIG | changes))
     spec = read_spec(folder)
+    _save_tokenizer(folder, spec.vocab_size)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -65,6 +68,19 @@ def save_reference_base(folder: Path, device: torch.device, **changes: object) -
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return spec
+
+
+def _save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One word for each token id."""
+    vocabulary = {f"\u2581w{token_id}": token_id for token_id in range(vocab_size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="\u2581w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\u2581w2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 _ENDS = ("model.embed_tokens.weight", "lm_head.weight")

@@ -23,7 +23,7 @@ from server.kernels.dense_linear import can_pack
 from server.kernels.lora_step import PAGE_ROWS
 from server.model.adapter_bank import AdapterBank, PackedAdapter
 from server.model.decoder import Decoder, activation_dtype
-from server.model.gpu_step import padded_rows
+from server.model.gpu_step import padded_rows, step_bytes
 from server.model.kv_cache import KVCache, block_bytes
 from server.model.loader import Checkpoint, OnProgress, load_decoder
 from server.model.spec import ModelSpec, read_spec
@@ -57,7 +57,8 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     bank_dtype = activation_dtype(dtype, device)
     bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
     block_size = config.cache.block_size
-    num_blocks = _num_blocks(config, spec, dtype, device)
+    activations = step_bytes(spec, scheduling.max_prefill_tokens) if is_fused else 0
+    num_blocks = _num_blocks(config, spec, dtype, device, activations)
     max_model_len = min(max_model_len, num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size)
     adapters = _adapter_cache(config, decoder, bank, bank_dtype)
@@ -184,8 +185,10 @@ def _digest(folder: Path, quantization: str) -> str:
     return hashlib.sha256(f"{base_digest(folder)} {quantization}".encode()).hexdigest()
 
 
-def _num_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """As many KV blocks as the operator asked for, or as memory holds."""
+def _num_blocks(
+    config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device, activations: int
+) -> int:
+    """As many KV blocks as the operator asked for, or as memory holds beside activations."""
     if config.cache.num_blocks:
         return config.cache.num_blocks
     per_block = block_bytes(spec, config.cache.block_size, dtype)
@@ -193,7 +196,7 @@ def _num_blocks(config: Config, spec: ModelSpec, dtype: torch.dtype, device: tor
         num_bytes = config.cache.cpu_bytes
     else:
         free, _ = torch.cuda.mem_get_info(device)
-        num_bytes = int(free * config.cache.memory_fraction)
+        num_bytes = int((free - activations) * config.cache.memory_fraction)
     if num_bytes < per_block:
         raise ValueError(
             f"{num_bytes} bytes of KV cache do not hold one block of {per_block} bytes"

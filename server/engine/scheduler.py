@@ -8,6 +8,8 @@ from server.engine.block_manager import BlockManager, extend_chain, prefix_root
 from server.engine.fairness import FairQueue
 from server.engine.request import NO_STATE_ROW, Request
 
+_MAX_SCORED_TOKENS = 512  # of one prompt in a step, where each needs a row of logits of its own
+
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
@@ -129,7 +131,7 @@ class Scheduler:
         """Give a running request its tokens, preempting the newest ones if blocks run out."""
         if request.state_row == NO_STATE_ROW:  # preempted by one planned before it
             return
-        num_tokens = min(request.num_uncomputed_tokens, budget.remaining)
+        num_tokens = _chunk(request, request.num_uncomputed_tokens, budget)
         if num_tokens == 0:
             return
         while not self._blocks.grow(request.block_table, request.num_computed_tokens + num_tokens):
@@ -176,7 +178,7 @@ class Scheduler:
             self._blocks.release(request.block_table)
             return False
         self._start(request, num_cached, now)
-        self._give(request, min(num_uncached, budget.remaining), budget)
+        self._give(request, _chunk(request, num_uncached, budget), budget)
         return True
 
     def _start(self, request: Request, num_cached: int, now: float) -> None:
@@ -317,6 +319,13 @@ class _Budget:
         num_tokens = self.given.pop(request, 0)
         self.remaining += num_tokens
         return num_tokens
+
+
+def _chunk(request: Request, num_tokens: int, budget: _Budget) -> int:
+    """How many of a request's tokens the step may take."""
+    if request.sampling.prompt_logprobs is not None and not request.output_ids:
+        num_tokens = min(num_tokens, _MAX_SCORED_TOKENS)
+    return min(num_tokens, budget.remaining)
 
 
 def _lacks_bank(request: Request) -> bool:

@@ -20,12 +20,12 @@ import triton.language as tl  # type: ignore[import-untyped]  # as above
 from server.kernels import attention_step
 from server.kernels.attention_step import MAX_SPLITS, TILE_ROWS, AttentionGpuStep
 
-_RESIDENT_PROGRAMS = 3  # decode programs that a multiprocessor holds at once
+_RESIDENT_PROGRAMS = 4  # decode programs that a multiprocessor holds at once
 _PROGRAMS_PER_ROW = 4  # so many rows of usual length are done without a second item in turn
 _MERGED_SPLITS = 8  # of a row, at a time
-_DECODE_KEYS = 64  # of a tile
+_DECODE_KEYS = 32  # of a tile
 # Two tiles are under way, a whole item of a short row; with more registers, fewer programs reside.
-_DECODE_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+_DECODE_OPTIONS = {"num_warps": 2, "num_stages": 3}
 _PREFILL_WARPS = 8
 _PREFILL_LARGE, _PREFILL_SMALL = (64, 3), (32, 3)  # keys of a tile; stages
 _MIN_DOT_ROWS = 16

@@ -1,7 +1,7 @@
 """The decoder on a GPU: the same blocks as decoder.py, their small ops inside the linears.
 
-A layer of a short step is 9 launches, 13 with LoRA: each linear's split-K sums are finished by one
-kernel that also adds LoRA and does what comes next, be it rotary embedding and KV write, residual
+A layer of a short step is 9 launches, with LoRA or without: one makes a linear's split-K sums and
+shrinks x for LoRA, and one finishes them, adds LoRA and does what comes next, be it rotary embedding and KV write, residual
 and the norm's first half, or the activation. Longer steps dequantize each matrix and use cuBLAS.
 """
 
@@ -21,7 +21,13 @@ from server.kernels.lora_gpu import (
     shrink,
 )
 from server.kernels.lora_step import LoraGpuStep
-from server.kernels.nf4_linear import dequantize, is_fused, partial_sums, split_of
+from server.kernels.nf4_linear import (
+    dequantize,
+    is_fused,
+    partial_sums,
+    partial_sums_and_shrink,
+    split_of,
+)
 from server.kernels.nf4_pack import NF4LinearWeight, SplitK
 from server.kernels.paged_attention_gpu import paged_attention_gpu
 from server.model.adapter_bank import AdapterBank
@@ -194,15 +200,17 @@ class _Forward:
         self, index: int, group: str, x: torch.Tensor, next_weight: NF4LinearWeight
     ) -> _Unfinished:
         linear = self._layers[index].linears[group]
-        h = lora_b = None
-        if self._lora is not None:
-            h, lora_b = self._shrink(index, group, x), self._bank.lora_b[index, group]
-        sums = partial_sums(x, linear.weight, next_weight)
-        return sums, split_of(linear.weight), h, lora_b, linear.out_splits, self._lora
+        split = split_of(linear.weight)
+        if self._lora is None:
+            sums = partial_sums(x, linear.weight, next_weight)
+            return sums, split, None, None, linear.out_splits, None
+        lora_a, lora_b = self._lora_a(index, group), self._bank.lora_b[index, group]
+        sums, h = partial_sums_and_shrink(x, linear.weight, lora_a, self._lora, next_weight)
+        return sums, split, h, lora_b, linear.out_splits, self._lora
 
-    def _shrink(self, index: int, group: str, x: torch.Tensor) -> torch.Tensor:
-        assert self._lora is not None
-        return shrink(x, self._bank.lora_a[index, group].transpose(0, 1), self._lora)
+    def _lora_a(self, index: int, group: str) -> torch.Tensor:
+        """[num_bank_rows, sublinears, in], as the kernels read it."""
+        return self._bank.lora_a[index, group].transpose(0, 1)
 
     def _linear(
         self, index: int, group: str, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -212,7 +220,8 @@ class _Forward:
             return x @ weight.T if residual is None else residual.addmm_(x, weight.T)
         y = x @ weight.T
         out_splits = self._layers[index].linears[group].out_splits
-        h, lora_b = self._shrink(index, group, x), self._bank.lora_b[index, group]
+        h = shrink(x, self._lora_a(index, group), self._lora)
+        lora_b = self._bank.lora_b[index, group]
         expand(y, h, lora_b, out_splits, self._lora, residual=residual)
         return y
 
@@ -220,7 +229,7 @@ class _Forward:
         y = x @ self._dequantized(index, "gate_up").T
         if self._lora is None:
             return silu_mul(y)
-        h = self._shrink(index, "gate_up", x)
+        h = shrink(x, self._lora_a(index, "gate_up"), self._lora)
         return expand_silu(y, h, self._bank.lora_b[index, "gate_up"], self._lora)
 
     def _dequantized(self, index: int, group: str) -> torch.Tensor:

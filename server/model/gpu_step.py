@@ -40,6 +40,12 @@ def padded_rows(num_logits: int) -> int:
     return -(-num_logits // _LOGITS_ROWS) * _LOGITS_ROWS
 
 
+def step_bytes(spec: ModelSpec, num_tokens: int) -> int:
+    """What the activations of a long step take at most: those around the MLP, in bf16."""
+    width = 3 * spec.intermediate_size + 8 * spec.hidden_size
+    return 2 * num_tokens * width
+
+
 class GpuStep:
     """The tokens of one step, padded to its shape: decode rows first, then prompt chunks.
 

@@ -23,9 +23,16 @@ LONGEST_SHORT_STEP = 16  # tokens; longer ones take the other path
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `build_engine` set up the GPU's runner on a CPU, in fp32, without graphs."""
-    for name in ("embed_gpu", "finish", "finish_norm", "finish_rotary", "partial_sums", "shrink"):
+    for name in ("embed_gpu", "finish", "finish_norm", "finish_rotary", "partial_sums"):
         monkeypatch.setattr(gpu_decoder, name, globals()[name])
-    for name in ("expand", "expand_silu", "rotate_and_write_gpu", "paged_attention_gpu"):
+    for name in (
+        "partial_sums_and_shrink",
+        "shrink",
+        "expand",
+        "expand_silu",
+        "rotate_and_write_gpu",
+        "paged_attention_gpu",
+    ):
         monkeypatch.setattr(gpu_decoder, name, globals()[name])
     monkeypatch.setattr(gpu_decoder, "rms_norm_gpu", fused.rms_norm)
     monkeypatch.setattr(gpu_decoder, "split_of", lambda weight: None)
@@ -61,6 +68,16 @@ def embed_gpu(token_ids: torch.Tensor, embedding: torch.Tensor, weight: torch.Te
 def partial_sums(x: torch.Tensor, weight: NF4LinearWeight, following: NF4LinearWeight) -> Any:
     assert following.in_features > 0
     return (x @ dequantize_reference(weight).T)[None]
+
+
+def partial_sums_and_shrink(
+    x: torch.Tensor,
+    weight: NF4LinearWeight,
+    a_bank: torch.Tensor,
+    step: LoraGpuStep,
+    following: NF4LinearWeight,
+) -> Any:
+    return partial_sums(x, weight, following), shrink(x, a_bank, step)
 
 
 def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> Any:

@@ -156,6 +156,29 @@ def test_a_step_mixes_decodes_with_chunks_of_prompts_within_its_budget() -> None
     assert [(p.start, p.num_tokens, p.samples) for p in third.chunks] == [(12, 7, False)]
 
 
+def test_a_step_is_longer_where_nobody_decodes_and_so_nobody_waits() -> None:
+    simulation = Simulation(max_step_tokens=8, max_prefill_tokens=24, max_running=2)
+    simulation.add(range(30), max_tokens=8)
+    simulation.step()
+    simulation.add(range(100, 130), max_tokens=8)
+    simulation.step()
+    simulation.step()
+    chunks = [[part.num_tokens for part in plan.chunks] for plan in simulation.runner.plans]
+    assert chunks == [[24], [6, 18], [7]]
+    assert len(simulation.runner.plans[2].decodes) == 1
+
+
+def test_a_prompt_whose_own_logprobs_are_wanted_takes_few_tokens_of_a_long_step() -> None:
+    simulation = Simulation(max_step_tokens=2000, num_blocks=4096)
+    scored, other = simulation.add(range(1300)), simulation.add(range(100))
+    scored.sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    for _ in range(3):
+        simulation.step()
+    given = [[part.num_tokens for part in plan.chunks] for plan in simulation.runner.plans[:3]]
+    assert given == [[512, 100], [512], [276]]
+    assert other.output_ids
+
+
 def test_a_prompt_longer_than_a_step_neither_holds_up_decodes_nor_is_held_up() -> None:
     simulation = Simulation(max_step_tokens=8, max_running=2)
     decoding = simulation.add([1], max_tokens=30)

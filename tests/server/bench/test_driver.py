@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import pytest
+
+from server.bench.driver import Driver, Trace, p99
+from server.config import CacheConfig
+
+
+def test_a_step_counts_only_beside_another_that_served_the_whole_batch_too() -> None:
+    steps = [(0.0, 1), (1.0, 2), (1.004, 2), (1.010, 2), (2.0, 1), (3.0, 2)]
+    assert Trace(began=0.0, steps=steps).step_ms(2) == pytest.approx(5.0)
+
+
+def test_first_tokens_and_gaps_are_taken_by_request() -> None:
+    trace = Trace(began=1.0, times={"a": [1.01, 1.02, 1.05], "b": [1.03], "c": [1.0, 1.001]})
+    assert trace.first_token_ms() == pytest.approx((10 + 30 + 0) / 3)
+    assert trace.gaps_ms(["a", "b", "c"]) == pytest.approx([1, 10, 30])
+
+
+def test_one_value_in_a_hundred_exceeds_the_99th_percentile() -> None:
+    assert p99([float(value) for value in range(100)]) == 99.0
+    assert p99([float(value) for value in range(1000)]) == 990.0
+
+
+def test_every_request_gives_its_tokens_and_a_hook_sees_each_step(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    cache = CacheConfig(num_blocks=64, prefix_caching=False)
+    driver = Driver(tiny_base, tmp_path / "store", cache, 64, device="cpu")
+    requests = [driver.add(None, 5, 4), driver.add(None, 9, 3)]
+    seen: list[int] = []
+    trace = driver.run(lambda seconds, outputs: seen.append(len(outputs)))
+    assert [len(trace.times[request]) for request in requests] == [4, 3]
+    assert trace.num_tokens == sum(seen) == 7
+    assert trace.seconds > 0
+    assert driver.start_s > 0
