@@ -27,7 +27,7 @@ def pins(lines: list[str]) -> dict[str, str]:
     """Exact versions by normalized name; anything else fails."""
     found = {}
     for line in lines:
-        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+]+)", line)
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+]+)(; .+)?", line)
         assert match, line
         found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
     return found

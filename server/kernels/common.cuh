@@ -48,6 +48,27 @@ __device__ __forceinline__ float2 load_shared8(u32 address) {
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
     return v;
 }
+// 16 bytes of global memory, zeros where not `is_valid`; `once`: of what nobody writes meanwhile and this
+// multiprocessor reads but once.
+#define PREDICATED_LOAD16(NAME, INSTRUCTION)                                                         \
+    __device__ __forceinline__ uint4 NAME(const void* from, bool is_valid) {                         \
+        uint4 v;                                                                                     \
+        asm volatile(                                                                                \
+            "{.reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; "     \
+            "mov.b32 %3, 0; @p " INSTRUCTION ".v4.u32 {%0,%1,%2,%3}, [%4];}"                         \
+            : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)                                         \
+            : "l"(from), "r"(static_cast<int>(is_valid)));                                           \
+        return v;                                                                                    \
+    }
+PREDICATED_LOAD16(load16, "ld.global")
+PREDICATED_LOAD16(load_once16, "ld.global.nc.L1::no_allocate.L2::128B")
+#undef PREDICATED_LOAD16
+
+// A barrier of `THREADS` of the block's threads; number 0 is __syncthreads'.
+template <int NUMBER, int THREADS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

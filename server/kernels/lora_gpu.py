@@ -16,8 +16,10 @@ import torch
 
 from server.kernels.lora_launch import (
     NO_INPUT_NORM,
+    empty_h,
     kernels_of,
     run_expand,
+    slice_of_inputs,
 )
 from server.kernels.lora_step import (
     DECODE_TOKENS,
@@ -85,12 +87,8 @@ def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Te
     """
     num_tokens, in_features = x.shape
     is_decode = num_tokens <= DECODE_TOKENS
-    slice_in = _slice_in(in_features)
-    slices, sublinears = -(-in_features // slice_in), a_bank.shape[1]
-    assert x.dtype == a_bank.dtype == torch.bfloat16, "x and the bank are bf16"
-    assert x.stride(1) == a_bank.stride(2) == 1, "rows of x and of the bank are contiguous"
-    width = step.max_pages * PAGE_ROWS
-    h = torch.empty((slices, num_tokens, sublinears, width), device=x.device)
+    h = empty_h(x, a_bank, step)
+    slices, _, sublinears, _ = h.shape
     usual_items = max(4, num_tokens)  # of rank 16; a block takes more in turn
     blocks = min(step.max_items, usual_items, max(1, _SHRINK_BLOCKS // (slices * sublinears)))
     kernels = kernels_of(x.device)
@@ -107,7 +105,7 @@ def shrink(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Te
         a_bank.stride(0),
         a_bank.stride(1),
         in_features,
-        slice_in,
+        slice_of_inputs(in_features),
     )
     return h
 
@@ -326,8 +324,3 @@ def _finished_shape(workspace: torch.Tensor, out_splits: tuple[int, ...]) -> tup
     assert num_tokens <= FINISH_TOKENS, "finish is for steps of few tokens"
     assert out_features == sum(out_splits), "the sublinears are not the linear's"
     return num_tokens, out_features
-
-
-def _slice_in(in_features: int) -> int:
-    """Inputs that one block sums; a function of the shape alone."""
-    return 1024 if in_features <= 8192 else 2048

@@ -5,22 +5,6 @@
 // are read on the device: a captured graph stays valid when the step changes. No sum depends on which other tokens
 // are in the step.
 
-constexpr int PAGE_ROWS = 8;
-
-struct Step {
-    const int* header;       // shrink items; tiles with an adapter, all tiles: small ones, then large ones
-    const int4* items;       // page, second page or -1; first position in token_order; tokens | page's place << 16
-    const int* small_tiles;  // records, see below: up to 4 tokens
-    const int* large_tiles;  // up to 64 tokens
-    const int* token_order;  // tokens by adapter, those without one last
-    const int* page_table;   // [adapters, max_pages]
-    int max_pages, num_tokens;
-};
-
-// A tile's record: 4 tokens (small tiles); adapter or -1, pages, first page, second page; bank row with DoRA's gain
-// - 1 or -1, tokens in the tile, first position in token_order, 0.
-constexpr int RECORD = 12;
-
 struct ShrinkParams {
     Step step;
     const u16* x;                                      // [num_tokens, in] bf16

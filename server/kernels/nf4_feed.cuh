@@ -21,11 +21,13 @@ struct PartialsParams {
 // Chunks on their way into shared memory. A stage holds the weights of one chunk as packed, then x as [2 halves of
 // the inputs][tokens][64], with the eight 16-byte pieces of a row exchanged (piece ^ row % 8): ldmatrix and wgmma
 // both read that without bank conflicts. AHEAD chunks are on their way at a time. Weights do not depend on the
-// kernel in front: `start_weights` asks for them before it has ended, `start_x` for x after.
+// kernel in front: `start_weights` asks for them before it has ended, `start_x` for x after. The last stage is free
+// until `next` was called SPARE times. WITH_SPARE, that many more chunks are asked for at the start.
 template <int TOKENS, int STAGES>
 struct Work {
     static constexpr int X_BYTES = TOKENS * CHUNK_IN * 2;
     static constexpr int STAGE_BYTES = CHUNK_BYTES + X_BYTES;
+    static constexpr int LAST_STAGE = (STAGES - 1) * STAGE_BYTES;  // behind the ring's address
     const PartialsParams& p;
     const u32 ring;
     int worker, first_token, begin, count, tile, chunk_in_tile, load_chunk;
@@ -61,7 +63,7 @@ struct Work {
 // warps", so the warps need not keep step with each other.
 template <int TOKENS, int WARPS, int STAGES>
 struct Feed : Work<TOKENS, STAGES> {
-    static constexpr int AHEAD = STAGES - 2;
+    static constexpr int AHEAD = STAGES - 2, SPARE = 1;
     using Base = Work<TOKENS, STAGES>;
     const u32 barriers;
     int phase = 0;
@@ -101,7 +103,7 @@ struct Feed : Work<TOKENS, STAGES> {
                 "r"(filled(stage))
                 : "memory");
     }
-    __device__ __forceinline__ void start_weights() {
+    __device__ __forceinline__ void prepare() const {
         if (threadIdx.x != 0) return;
 #pragma unroll
         for (int i = 0; i < STAGES; ++i) {
@@ -111,10 +113,14 @@ struct Feed : Work<TOKENS, STAGES> {
         asm volatile("prefetch.tensormap [%0];" ::"l"(this->p.x_map) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (i < this->count) load_weights(i, i);
     }
+    __device__ __forceinline__ void start_weights(int first, int end) const {
+        if (threadIdx.x != 0) return;
+#pragma unroll
+        for (int i = 0; i < AHEAD + SPARE; ++i)
+            if (i >= first && i < end && i < this->count) load_weights(i, i);
+    }
+    template <bool WITH_SPARE>
     __device__ __forceinline__ void start_x() {
         if (threadIdx.x == 0) {
 #pragma unroll
@@ -123,17 +129,21 @@ struct Feed : Work<TOKENS, STAGES> {
                     load_x(i);
                     this->advance_load();
                 }
+            if (WITH_SPARE && AHEAD < this->count) load_x(AHEAD);
             if (this->loaded == this->count) prefetch_next_linear();
         }
         __syncthreads();  // barriers and table are there
     }
     // Wait for the next chunk, and ask for one more.
+    template <bool WITH_SPARE>
     __device__ __forceinline__ void next() {
         if (threadIdx.x == 0 && this->loaded < this->count) {
-            // The stage was read STAGES chunks ago; the first time there is nothing to wait for.
-            if (this->loaded >= STAGES) wait(read(this->load_stage), (this->loaded / STAGES - 1) & 1);
-            load_weights(this->loaded, this->load_stage);
-            load_x(this->load_stage);
+            if (!WITH_SPARE || this->loaded != AHEAD) {
+                // The stage was read STAGES chunks ago; the first time there is nothing to wait for.
+                if (this->loaded >= STAGES) wait(read(this->load_stage), (this->loaded / STAGES - 1) & 1);
+                load_weights(this->loaded, this->load_stage);
+                load_x(this->load_stage);
+            }
             this->advance_load();
             if (this->loaded == this->count) prefetch_next_linear();
         }
@@ -167,7 +177,7 @@ struct Feed : Work<TOKENS, STAGES> {
 // All threads copy, and meet once a chunk.
 template <int TOKENS, int WARPS, int STAGES>
 struct Feed : Work<TOKENS, STAGES> {
-    static constexpr int AHEAD = STAGES - 1, THREADS = 32 * WARPS, X_PIECES = TOKENS * CHUNK_IN / 8;
+    static constexpr int AHEAD = STAGES - 1, SPARE = 0, THREADS = 32 * WARPS, X_PIECES = TOKENS * CHUNK_IN / 8;
     using Base = Work<TOKENS, STAGES>;
 
     __device__ __forceinline__ Feed(const PartialsParams& params, u32 ring_address) : Base(params, ring_address) {}
@@ -195,11 +205,13 @@ struct Feed : Work<TOKENS, STAGES> {
             copy16(to + (column >> 3) * (TOKENS * 128) + row * 128 + (((column ^ row) & 7) << 4), from, is_valid);
         }
     }
-    __device__ __forceinline__ void start_weights() const {
+    __device__ __forceinline__ void prepare() const {}
+    __device__ __forceinline__ void start_weights(int first, int end) const {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
-            if (i < this->count) load_weights(i, i);
+            if (i >= first && i < end && i < this->count) load_weights(i, i);
     }
+    template <bool WITH_SPARE>
     __device__ __forceinline__ void start_x() {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -208,6 +220,7 @@ struct Feed : Work<TOKENS, STAGES> {
             commit_copies();
         }
     }
+    template <bool WITH_SPARE>
     __device__ __forceinline__ void next() {
         wait_for_copies<STAGES - 2>();
         __syncthreads();

@@ -39,9 +39,26 @@ __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, const u8* table, u
 #endif
 }
 
+// What comes before the first product; LoRA's shrink, if it is part of the launch, is done when this returns.
+template <int WARPS, class Feed, class Lora>
+__device__ __forceinline__ void start(Feed& feed, Lora& lora, const PartialsParams& p) {
+    extern __shared__ __align__(1024) u8 shared[];
+    let_dependents_start();
+    feed.prepare();
+    feed.start_weights(0, Lora::WITH_SPARE ? Lora::STAGES_BEFORE : min(Lora::STAGES_BEFORE, Feed::AHEAD));
+    lora.find_first();
+    fill_table<WARPS>(shared, p);
+    lora.load_bank();
+    feed.start_weights(Lora::STAGES_BEFORE, Feed::AHEAD + (Lora::WITH_SPARE ? Feed::SPARE : 0));
+    wait_for_producer();
+    lora.load_x();
+    feed.template start_x<Lora::WITH_SPARE>();
+    lora.template run<Feed>(reinterpret_cast<float*>(shared + TABLE_BYTES + Feed::LAST_STAGE));
+}
+
 // Per token, 8 * NT tokens a block. A warp has 16 * MT outputs and one 64-input half of every chunk.
-template <int NT, int MT, int STAGES>
-__device__ __forceinline__ void partials(const PartialsParams& p) {
+template <int NT, int MT, int STAGES, class Lora>
+__device__ __forceinline__ void partials(const PartialsParams& p, Lora& lora) {
     constexpr int WARPS = 2 * TILE_OUT / (16 * MT);
     extern __shared__ __align__(1024) u8 shared[];
     const u8* table = shared;
@@ -49,12 +66,7 @@ __device__ __forceinline__ void partials(const PartialsParams& p) {
     const int half = warp & 1, out_warp = warp >> 1;
     const int group = lane >> 2, quad = lane & 3;
     Feed<NT * 8, WARPS, STAGES> feed(p, shared_address(shared) + TABLE_BYTES);
-    let_dependents_start();
-    feed.start_weights();
-    fill_table<WARPS>(shared, p);
-    wait_for_producer();
-    if (feed.count == 0) return;
-    feed.start_x();
+    start<WARPS>(feed, lora, p);
 
     float acc[MT][NT][4];
     float absmax[MT][2];
@@ -78,7 +90,7 @@ __device__ __forceinline__ void partials(const PartialsParams& p) {
     const u32 x_at = CHUNK_BYTES + half * (NT * 8 * 128) + x_row * 128 + ((x_piece ^ (lane & 7)) << 4);
     int slot = feed.first_slot();
     for (int index = 0; index < feed.count; ++index) {
-        feed.next();
+        feed.template next<Lora::WITH_SPARE>();
         const u32 at = feed.at();
         uint4 words[MT];
 #pragma unroll
@@ -163,22 +175,30 @@ __device__ __forceinline__ void partials(const PartialsParams& p) {
     }
 }
 
-#define PARTIALS(TOKENS, MT, STAGES)                                           \
-    extern "C" __global__ void __launch_bounds__(64 * TILE_OUT / (16 * MT), 1) \
-        nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) {      \
-        partials<TOKENS / 8, MT, STAGES>(p);                                   \
+// For 8 tokens the compiler hears of more threads than there are: so the launch with LoRA keeps to 80 registers, as
+// the one without, and a block of the kernel in front fits beside it.
+#define PARTIALS(TOKENS, MT, STAGES, SHRINK_THREADS)                                   \
+    extern "C" __global__ void __launch_bounds__(64 * TILE_OUT / (16 * MT), 1)         \
+        nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) {              \
+        NoShrink lora;                                                                 \
+        partials<TOKENS / 8, MT, STAGES>(p, lora);                                     \
+    }                                                                                  \
+    extern "C" __global__ void __launch_bounds__(SHRINK_THREADS, 1)                    \
+        nf4_partials_shrink_##TOKENS(const __grid_constant__ PartialsShrinkParams p) { \
+        Shrink<2 * TILE_OUT / (16 * MT)> lora(p);                                      \
+        partials<TOKENS / 8, MT, STAGES>(p.partials, lora);                            \
     }
 #ifdef STAGES_8
-PARTIALS(8, 2, STAGES_8)
+PARTIALS(8, 2, STAGES_8, 736)
 #endif
 #ifdef STAGES_16
-PARTIALS(16, 2, STAGES_16)
+PARTIALS(16, 2, STAGES_16, 512)
 #endif
 #ifdef STAGES_32
-PARTIALS(32, 2, STAGES_32)
+PARTIALS(32, 2, STAGES_32, 512)
 #endif
 #ifdef STAGES_64
-PARTIALS(64, 4, STAGES_64)
+PARTIALS(64, 4, STAGES_64, 256)
 #endif
 
 #ifdef IS_HOPPER  // then Python has put wgmma<TOKENS>, wgmma_fence, wgmma_commit and wgmma_wait<PENDING> in front
@@ -190,19 +210,14 @@ __device__ __forceinline__ void hold(float (&values)[N]) {  // the compiler may 
 
 // The same sums with Hopper's wgmma, of four warpgroups with 64 outputs each. With CHAINS = 2 the two halves of the
 // inputs are kept apart, as the warps of `partials` do, so that the bits are the same.
-template <int TOKENS, int CHAINS, int STAGES>
-__device__ __forceinline__ void partials_wgmma(const PartialsParams& p) {
+template <int TOKENS, int CHAINS, int STAGES, class Lora>
+__device__ __forceinline__ void partials_wgmma(const PartialsParams& p, Lora& lora) {
     extern __shared__ __align__(1024) u8 shared[];
     const u8* table = shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int group = lane >> 2, quad = lane & 3;
     Feed<TOKENS, 16, STAGES> feed(p, shared_address(shared) + TABLE_BYTES);
-    let_dependents_start();
-    feed.start_weights();
-    fill_table<16>(shared, p);
-    wait_for_producer();
-    if (feed.count == 0) return;
-    feed.start_x();
+    start<16>(feed, lora, p);
 
     float acc[CHAINS][TOKENS / 2];
     float absmax[CHAINS][2];
@@ -222,7 +237,7 @@ __device__ __forceinline__ void partials_wgmma(const PartialsParams& p) {
     constexpr u64 DESCRIPTOR = (1ull << 62) | (64ull << 32) | (1ull << 16);
     int slot = feed.first_slot();
     for (int index = 0; index < feed.count; ++index) {
-        feed.next();
+        feed.template next<Lora::WITH_SPARE>();
         const u32 at = feed.at();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -272,10 +287,16 @@ __device__ __forceinline__ void partials_wgmma(const PartialsParams& p) {
     }
 }
 
-#define PARTIALS_WGMMA(TOKENS, CHAINS, STAGES)                            \
-    extern "C" __global__ void __launch_bounds__(512, 1)                  \
-        nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) { \
-        partials_wgmma<TOKENS, CHAINS, STAGES>(p);                        \
+#define PARTIALS_WGMMA(TOKENS, CHAINS, STAGES)                                         \
+    extern "C" __global__ void __launch_bounds__(512, 1)                               \
+        nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) {              \
+        NoShrink lora;                                                                 \
+        partials_wgmma<TOKENS, CHAINS, STAGES>(p, lora);                               \
+    }                                                                                  \
+    extern "C" __global__ void __launch_bounds__(512, 1)                               \
+        nf4_partials_shrink_##TOKENS(const __grid_constant__ PartialsShrinkParams p) { \
+        Shrink<16> lora(p);                                                            \
+        partials_wgmma<TOKENS, CHAINS, STAGES>(p.partials, lora);                      \
     }
 PARTIALS_WGMMA(16, 2, WGMMA_STAGES_16)
 PARTIALS_WGMMA(32, 2, WGMMA_STAGES_32)

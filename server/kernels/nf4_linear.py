@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from server.kernels.lora_launch import STEP_PARAMS, empty_h, slice_of_inputs
+from server.kernels.lora_step import DECODE_TOKENS, LARGE_ITEM, SMALL_ITEM, LoraGpuStep
 from server.kernels.nf4_pack import (
     CHUNK_BYTES,
     CHUNK_IN,
@@ -32,11 +34,16 @@ from server.kernels.nvrtc import (
 
 _HALF_CHUNK = CHUNK_IN // 2
 _PREFETCH_CHUNKS = 2  # of each worker's run in the next linear: 5 MB on an H100
+# LoRA's shrink in the same launch: 16-byte loads of a bank row that a lane has under way at a time,
+# the stages of weights that are asked for before them, and whether one more is before the products.
+_SHRINK_PIECES, _SHRINK_STAGES_BEFORE, _SHRINK_WITH_SPARE = 4, 2, True
 _BARRIER_BYTES = 128  # in shared memory, behind the stages
 # The kernel multiplies bf16(level * factor) and divides the fp32 sum by the factor again. Of the
 # factors in [1, 2) this one rounds the sixteen levels best: 6e-4 relative in place of 1.1e-3.
 LEVEL_FACTOR = 1.437
 
+_PARTIALS_PARAMS = "PPPqP4i6i8I"  # the kernels' PartialsParams, without its tensor map
+_SHRINK_PARAMS = STEP_PARAMS + "2P7i3f"  # their ShrinkPart
 _KERNELS = Path(__file__).parent
 
 
@@ -92,12 +99,27 @@ def partial_sums(
                  cache, so that the memory is not idle until that linear starts
     """
     kernels = _kernels(x.device)
-    slots = kernels.split(weight).num_slots
-    workspace = torch.empty(
-        (slots, x.shape[0], weight.out_features), dtype=torch.float32, device=x.device
-    )
+    workspace = kernels.empty_workspace(x, weight)
     kernels.partial_sums(x, weight, workspace, next_weight)
     return workspace
+
+
+def partial_sums_and_shrink(
+    x: torch.Tensor,
+    weight: NF4LinearWeight,
+    a_bank: torch.Tensor,
+    step: LoraGpuStep,
+    next_weight: NF4LinearWeight | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`partial_sums` and `lora_gpu.shrink` in one launch: the same bits as these two return.
+
+    a_bank  [num_bank_rows, sublinears, in]  bf16; the first two strides are free
+    step    filled for as many tokens as x has
+    """
+    kernels = _kernels(x.device)
+    workspace, h = kernels.empty_workspace(x, weight), empty_h(x, a_bank, step)
+    kernels.partial_sums(x, weight, workspace, next_weight, (a_bank, step, h))
+    return workspace, h
 
 
 def reduce(workspace: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
@@ -126,10 +148,15 @@ def kernel_source(arch: str, shared_limit: int) -> tuple[str, dict[int, "Tile"]]
             threads = 256 if tokens == 64 and not with_wgmma else 512
             shared_bytes = 256 * stride + stages * stage_bytes + _BARRIER_BYTES
             tiles[tokens] = Tile(threads, shared_bytes, stages, with_wgmma)
+    map_params = "128s" + _PARTIALS_PARAMS if has_wgmma else _PARTIALS_PARAMS
     defines = [
+        f"#define PARTIALS_BYTES {struct.calcsize('@' + _padded(map_params))}",
         f"#define TABLE_STRIDE {stride}",
         f"#define LEVEL_FACTOR {LEVEL_FACTOR}f",
         f"#define PREFETCH_CHUNKS {_PREFETCH_CHUNKS}",
+        f"#define SHRINK_PIECES {_SHRINK_PIECES}",
+        f"#define SHRINK_STAGES_BEFORE {_SHRINK_STAGES_BEFORE}",
+        f"#define SHRINK_WITH_SPARE {int(_SHRINK_WITH_SPARE)}",
     ]
     for tokens, tile in tiles.items():
         prefix = "WGMMA_" if tile.with_wgmma else ""
@@ -137,7 +164,8 @@ def kernel_source(arch: str, shared_limit: int) -> tuple[str, dict[int, "Tile"]]
     parts = ["\n".join(defines), (_KERNELS / "common.cuh").read_text()]
     if has_wgmma:
         parts.append(_wgmma_source(tuple(n for n, tile in tiles.items() if tile.with_wgmma)))
-    parts += [(_KERNELS / name).read_text() for name in ("nf4_feed.cuh", "nf4_linear.cu")]
+    names = ("lora_step.cuh", "nf4_feed.cuh", "nf4_shrink.cuh", "nf4_linear.cu")
+    parts += [(_KERNELS / name).read_text() for name in names]
     return "\n".join(parts), tiles
 
 
@@ -206,16 +234,23 @@ class _Kernels:
         self._device_index = 0 if device.index is None else device.index
         self._level_words = _level_words()
         self._has_tensor_maps = arch == "sm_90a"
-        self._partials = {
-            tokens: Kernel(
-                module.function(f"nf4_partials_{tokens}"),
-                f"{'128s' if self._has_tensor_maps else ''}PPPqP4i6i8I",
-                threads=tile.threads,
-                shared_bytes=tile.shared_bytes,
-                is_dependent=is_dependent,
+        params = "128s" + _PARTIALS_PARAMS if self._has_tensor_maps else _PARTIALS_PARAMS
+        self._partials, self._partials_shrink = (
+            {
+                tokens: Kernel(
+                    module.function(f"{name}_{tokens}"),
+                    own_params,
+                    threads=tile.threads,
+                    shared_bytes=tile.shared_bytes,
+                    is_dependent=is_dependent,
+                )
+                for tokens, tile in tiles.items()
+            }
+            for name, own_params in (
+                ("nf4_partials", params),
+                ("nf4_partials_shrink", _padded(params) + _SHRINK_PARAMS),
             )
-            for tokens, tile in tiles.items()
-        }
+        )
         self._reduce = Kernel(
             module.function("nf4_reduce"), "PP2i3i", threads=256, is_dependent=is_dependent
         )
@@ -225,12 +260,17 @@ class _Kernels:
         tiles, chunks, _ = weight.packed.shape
         return _split(chunks, tiles * chunks, self._num_workers)
 
+    def empty_workspace(self, x: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
+        shape = (self.split(weight).num_slots, x.shape[0], weight.out_features)
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
     def partial_sums(
         self,
         x: torch.Tensor,
         weight: NF4LinearWeight,
         workspace: torch.Tensor,
         next_weight: NF4LinearWeight | None = None,
+        lora: tuple[torch.Tensor, LoraGpuStep, torch.Tensor] | None = None,  # A, step, h to fill
     ) -> None:
         num_tokens = x.shape[0]
         assert x.dtype == torch.bfloat16, "x is bf16"
@@ -243,7 +283,8 @@ class _Kernels:
         if self._has_tensor_maps:
             shape = (num_tokens, weight.in_features)
             x_map = (tensor_map(x.data_ptr(), shape, x.stride(0), (tile, _HALF_CHUNK)),)
-        self._partials[tile](
+        kernels = self._partials if lora is None else self._partials_shrink
+        kernels[tile](
             (split.num_workers * token_tiles, 1, 1),
             self._device_index,
             *x_map,
@@ -259,6 +300,7 @@ class _Kernels:
             *split.as_params(),
             *self.split(next_weight or weight).as_params(),
             *self._level_words,
+            *(() if lora is None else _shrink_params(x, *lora)),
         )
 
     def reduce(self, workspace: torch.Tensor, weight: NF4LinearWeight, out: torch.Tensor) -> None:
@@ -286,6 +328,45 @@ class _Kernels:
             chunks,
             *LEVELS,
         )
+
+
+def _padded(params: str) -> str:
+    """A struct with a tensor map in front, as C lays out what comes behind it."""
+    missing = -struct.calcsize("@" + params) % (64 if params.startswith("128s") else 8)
+    return f"{params}{missing}x"
+
+
+def _shrink_params(
+    x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep, h: torch.Tensor
+) -> tuple[int | float, ...]:
+    """The kernels' ShrinkPart."""
+    num_slices, num_tokens, num_sublinears, _ = h.shape
+    octets = (SMALL_ITEM if num_tokens <= DECODE_TOKENS else LARGE_ITEM) // 8
+    units = octets * num_sublinears * num_slices  # of an item
+    assert num_tokens <= step.max_tokens, "too many tokens for this step"
+    assert a_bank.shape[2] == x.shape[1], "the bank is for another linear"
+    assert (a_bank.data_ptr() | a_bank.stride(0) * 2 | a_bank.stride(1) * 2) % 16 == 0, (
+        "rows of the bank start on 16 bytes"
+    )
+    assert step.max_items * units < 1 << 20, "too much to shrink in one launch"
+    assert h.numel() < 1 << 31, "h is too large"
+    return (
+        *step.addresses(),
+        step.max_pages,
+        num_tokens,
+        a_bank.data_ptr(),
+        h.data_ptr(),
+        a_bank.stride(0),
+        a_bank.stride(1),
+        slice_of_inputs(x.shape[1]),
+        num_slices,
+        num_sublinears,
+        octets,
+        step.max_items,
+        1 / units,
+        1 / num_slices,
+        1 / num_sublinears,
+    )
 
 
 @cache

@@ -1,8 +1,9 @@
 """The decoder on a GPU: the same blocks as decoder.py, their small ops inside the linears.
 
 A layer of a short step is 9 launches, with LoRA or without: one makes a linear's split-K sums and
-shrinks x for LoRA, and one finishes them, adds LoRA and does what comes next, be it rotary embedding and KV write, residual
-and the norm's first half, or the activation. Longer steps dequantize each matrix and use cuBLAS.
+shrinks x for LoRA, and one finishes the sums, adds LoRA and does what comes next, be it rotary
+embedding and KV write, residual and the norm's first half, or the activation. Longer steps
+dequantize each matrix and use cuBLAS.
 """
 
 from dataclasses import dataclass
