@@ -11,7 +11,9 @@ from rich.console import Console
 from server import adapters_cli
 from server.adapters_cli import adapter_config, base_config
 from server.api.auth import Scope, load_keys, new_key
+from server.base_digest import base_digest
 from server.config import CacheConfig, Config, Dtype, Quantization, SchedulerConfig, ServerConfig
+from server.default_base import ensure_default_base
 
 GIB = 1 << 30
 
@@ -176,6 +178,43 @@ def bench(
     run(options)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option(help="A PEFT folder, or NAME or NAME@REVISION.")],
+    merge_base: Annotated[
+        str, typer.Option(help="original (16 bit) or dequantized (NF4's values, as served).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    base: Base = None,
+    base_name: BaseName = None,
+    store: adapters_cli.StorePath = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="Texts to compare on, blank lines between them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Take an adapter whose config names another base.")
+    ] = False,
+) -> None:
+    """Fold an adapter into its base: a checkpoint of its own, and how far its logits drift."""
+    model = base_config(base, base_name)
+    from training.merge import MergeOptions, run
+
+    options = MergeOptions(
+        adapter=adapter,
+        base=model.path,
+        base_name=model.name,
+        base_digest=base_digest(model.path),
+        merge_base=merge_base,
+        out=out,
+        store=adapter_config(store).store,
+        probe=probe,
+        device=device,
+        allow_other_base=allow_other_base,
+    )
+    run(options, Console())
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
@@ -185,6 +224,54 @@ def loadtest(context: typer.Context) -> None:
     from loadtest.cli import app as loadtest_app
 
     loadtest_app(context.args, prog_name="turnout loadtest")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def train(
+    context: typer.Context,
+    base: Base = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows: JSONL, JSON, CSV, Parquet, a datasets folder.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the adapter.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")
+    ] = False,
+    list_settings: Annotated[
+        bool, typer.Option("--settings", help="List every setting; each is an option too.")
+    ] = False,
+    register: Annotated[
+        str | None, typer.Option(help="Push the result under this name when it is done.")
+    ] = None,
+    store: adapters_cli.StorePath = None,
+    url: adapters_cli.Url = None,
+    api_key: adapters_cli.ApiKey = None,
+) -> None:
+    """Train an adapter on a file of rows: --rank 8 and the like; --settings lists all."""
+    from training import run
+
+    if list_settings:
+        run.show_settings(Console())
+        return
+    run.check_name(register)
+    given = {"base": base, "data": data, "out": out}
+    settings = run.settings_of(config, given, context.args, ensure_default_base)
+    console = Console()
+    prepared = run.prepare(settings)
+    run.show(prepared, console)
+    if dry_run:
+        return
+    run.train(prepared, base_digest(settings.base), console, resume=resume, overwrite=overwrite)
+    console.print(f"The adapter is in {settings.out}; {settings.out}/report.html has the curves.")
+    if register is not None:
+        adapters_cli.push(
+            register, settings.out, base=settings.base, store=store, url=url, api_key=api_key
+        )
 
 
 @keys.command("new")

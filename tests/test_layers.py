@@ -46,6 +46,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.default_base",
         "server.doctor",
         "loadtest",
+        "training",
+        "training",
         *SHARED,
     ),
     "adapters": (),

@@ -5,6 +5,7 @@ scraper accepts: prometheus-client answers a scraper that asks for OpenMetrics w
 parameter with `vllm_x` in place of `vllm:x`.
 """
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -57,6 +58,9 @@ class _Exposition(Collector):
         return []  # registered anew for each scrape, so there is nothing to clash with
 
     def collect(self) -> Iterator[Metric]:
+        return _unhurried(self._families())
+
+    def _families(self) -> Iterator[Metric]:
         yield from _vllm_gauges(self._metrics)
         yield from _vllm_counters(self._metrics)
         yield from _path_histograms(self._metrics)
@@ -64,6 +68,19 @@ class _Exposition(Collector):
         yield from _engine_families(self._metrics)
         yield from _adapter_families(dict(self._metrics.adapters), self._metrics)
         yield from _top_histograms(dict(self._metrics.adapters), self._metrics.other)
+
+
+def _unhurried(families: Iterator[Metric]) -> Iterator[Metric]:
+    """Rest after each family for as long as it took, so that streams get their turn.
+
+    Each send of the event loop gives up the interpreter lock, and waits 5 ms for it while another
+    thread computes: without rests, no stream would move until everything is rendered.
+    """
+    began = time.perf_counter()
+    for family in families:
+        yield family  # rendered before this goes on
+        time.sleep(time.perf_counter() - began)
+        began = time.perf_counter()
 
 
 def _vllm_gauges(metrics: Metrics) -> Iterator[Metric]:
