@@ -1,6 +1,12 @@
 // Second half of LoRA: what lora_shrink.cu says of steps and records holds here too. lora_endings.cuh has what is
 // done to a row besides.
 
+// A tile's record: 4 tokens (small tiles); adapter or -1, pages, first page, second page; bank row with DoRA's gain
+// - 1 or -1, tokens in the tile, first position in token_order, and for small tiles what 64 columns of it cost <<
+// COST_SHIFT | what those of the tiles before it do.
+constexpr int RECORD = 12;
+constexpr int COST_SHIFT = 20;
+
 struct ExpandParams {
     Step step;               // header is null: no adapters in this step
     const float* h;          // [slices, num_tokens, sublinears, max_pages * 8]
@@ -76,9 +82,41 @@ __device__ __forceinline__ void add_product(float (&acc)[4][4], const BankRows& 
     }
 }
 
-__device__ __forceinline__ void clear(BankRows& bank) {
+// Keep the ranks of pairs of pages of a lane's token, as B operands. Columns 4 to 7 of the instruction are no
+// tokens: their lanes load the second pages for those of the first, and multiply whatever.
+//
+// from   h of the first slice and of the lane's first page
+// pages  that the token has from the lane's first one on
+template <int PAIRS>
+__device__ __forceinline__ void keep_h(uint2 (*to)[16], const float* from, int pages, int num_slices,
+                                       u32 slice_stride) {
+    constexpr int SLICES = 4;  // at once
+    const int lane = threadIdx.x & 31;
+    float2 sum[PAIRS];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) bank.row[i / 2][i % 2] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < PAIRS; ++i) sum[i] = make_float2(0.f, 0.f);
+    for (int slice = 0; slice < num_slices; slice += SLICES) {
+        float2 v[SLICES][PAIRS];
+#pragma unroll
+        for (int s = 0; s < SLICES; ++s)
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) {
+                v[s][i] = make_float2(0.f, 0.f);
+                if (slice + s < num_slices && 2 * i < pages)
+                    v[s][i] =
+                        *reinterpret_cast<const float2*>(from + (slice + s) * slice_stride + i * (2 * PAGE_ROWS));
+            }
+#pragma unroll
+        for (int s = 0; s < SLICES; ++s)
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) sum[i].x += v[s][i].x, sum[i].y += v[s][i].y;
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+        const u32 mine = to_bf16x2(sum[i].x, sum[i].y), second = __shfl_xor_sync(0xffffffff, mine, 16);
+        if (lane < 16) to[i][lane] = make_uint2(mine, second);
+    }
+    __syncwarp();
 }
 
 __device__ __forceinline__ int sublinear_of(const ExpandParams& p, int output) {
@@ -137,16 +175,20 @@ struct Linear {
 };
 
 // Up to 4 tokens of one adapter, or of none. A warp goes over 64 columns at a time, and all that it reads for them
-// is asked for before any of it is used. A column is an output, or two in parts of their own: a gate and its up, or
-// the two of a head that are turned together.
+// is asked for before any of it is used, except that pages beyond the first two come first, a few at a time. A
+// column is an output, or two in parts of their own: a gate and its up, or the two of a head that are turned
+// together.
 template <bool FROM_WORKSPACE, Ending ENDING>
 __device__ __forceinline__ void expand_small(const ExpandParams& p) {
     constexpr int PARTS = ENDING == WITH_SILU || ENDING == WITH_ROTARY ? 2 : 1;
     // Asked for at once: as many as linears that end so have in a 7B model on 132 multiprocessors.
     constexpr int SLOTS = ENDING == WITH_SILU ? 3 : ENDING == WITH_NORM ? 9 : 6;
     constexpr int SUBLINEARS = ENDING == WITH_SILU ? 2 : 1;  // whose h is needed at a time
-    constexpr int TILE = 4, PITCH = 68, SLICES = 4;
+    constexpr int TILE = 4, PITCH = 68;
+    // Pairs of pages beyond the first that are asked for at once.
+    constexpr int MORE = FROM_WORKSPACE || ENDING != PLAIN ? 3 : 2;
     __shared__ __align__(16) float staging[4][PARTS][TILE * PITCH];
+    __shared__ uint2 kept_h[4][SUBLINEARS][1 + MORE][16];
     const Step& step = p.step;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
     const int columns = p.out_features / PARTS, column_tiles = (columns + 63) / 64;
@@ -159,15 +201,31 @@ __device__ __forceinline__ void expand_small(const ExpandParams& p) {
     const bool writes_all = FROM_WORKSPACE || ENDING != PLAIN || p.residual != nullptr;
     let_dependents_start();
     const int num_tiles = has_step ? step.header[writes_all ? 2 : 1] : (step.num_tokens + TILE - 1) / TILE;
-    // The step's tiles x 64 outputs are dealt to all warps of the launch in equal runs, whatever their number.
-    const int units = num_tiles * column_tiles, num_warps = gridDim.x * 4;
-    const int run = (units + num_warps - 1) / num_warps, first_unit = (warp * gridDim.x + blockIdx.x) * run;
-    int tile = first_unit / column_tiles, column_tile = first_unit - tile * column_tiles;
+    // The step's units, tiles x 64 columns, are dealt to all warps of the launch by what they cost, in equal runs
+    // that are not below the least unit: a warp has the units that end in its run.
+    const int total_cost = (has_step ? step.header[writes_all ? 6 : 5] : num_tiles) * column_tiles;
+    const int least_cost = has_step ? step.header[7] : 1, num_warps = gridDim.x * 4;
+    const int run = max((total_cost + num_warps - 1) / num_warps, least_cost);
+    const int run_start = (warp * gridDim.x + blockIdx.x) * run, run_end = min(run_start + run, total_cost);
+    // The unit where the run starts. There are no more tiles than tokens, and no more tokens than records.
+    int tile = run_start / column_tiles, column_tile = 0;
+    if (has_step) {
+        tile = -1;
+#pragma unroll 2
+        for (int first = 0; first < step.num_tokens; first += 32) {
+            int cost = 0;
+            if (first + lane < step.num_tokens) cost = step.small_tiles[(first + lane) * RECORD + RECORD - 1];
+            const int start = (cost & ((1 << COST_SHIFT) - 1)) * column_tiles;
+            tile += __popc(__ballot_sync(0xffffffff, first + lane < num_tiles && start <= run_start));
+        }
+    }
+    int cost = 1, unit_end = 0;  // of a unit of the tile; where the unit ends
     int adapter = -1, num_pages = 0, gain_row = -1, count = 0, held = -1;
-    bool has_record = false, has_waited = false, has_row = false, is_new = false;
-    u32 my_token[2] = {0, 0}, h[SUBLINEARS][2];
-    const float* my_h = p.h;
-    BankPointers pointers;
+    bool has_record = false, is_first = true, is_new = false;
+    u32 my_token[2] = {0, 0};
+    u32 my_h = 0;      // where the lane's h begins
+    int my_pages = 0;  // that it has from there on
+    int first_page = -1, second_page = -1;
     RowScales scales;
     scales.scale[0] = scales.scale[1] = 1.f;
     Places places;
@@ -178,67 +236,129 @@ __device__ __forceinline__ void expand_small(const ExpandParams& p) {
         return ENDING == WITH_ROTARY ? column + (column >> p.rotary.log_half << p.rotary.log_half) : column;
     };
 
-    // The ranks of two pages from `place` on of the lane's token, as B operand.
-    auto load_h = [&](u32(&pair)[2], int sublinear, int place) {
-        const float* from = my_h + sublinear * width + place * PAGE_ROWS;
-        const bool has_second = place + 1 < num_pages;
-        float2 sum[2] = {make_float2(0.f, 0.f), make_float2(0.f, 0.f)};
-        for (int slice = 0; slice < p.num_slices; slice += SLICES) {
-            float2 v[SLICES][2];
-#pragma unroll
-            for (int i = 0; i < SLICES; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    v[i][half] = make_float2(0.f, 0.f);
-                    if (has_row && slice + i < p.num_slices && (half == 0 || has_second))
-                        v[i][half] =
-                            *reinterpret_cast<const float2*>(from + (slice + i) * slice_stride + half * PAGE_ROWS);
-                }
-#pragma unroll
-            for (int i = 0; i < SLICES; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) sum[half].x += v[i][half].x, sum[half].y += v[i][half].y;
-        }
-        pair[0] = to_bf16x2(sum[0].x, sum[0].y);
-        pair[1] = to_bf16x2(sum[1].x, sum[1].y);
+    // The ranks of the first pair of pages; of further ones from `place` on.
+    auto keep_first_h = [&](int own, int sublinear) {
+        keep_h<1>(kept_h[warp][own], p.h + my_h + sublinear * width, my_pages, p.num_slices, slice_stride);
+    };
+    auto keep_more_h = [&](int own, int sublinear, int place) {
+        const float* from = p.h + my_h + sublinear * width + place * PAGE_ROWS;
+        keep_h<MORE>(kept_h[warp][own] + 1, from, my_pages - place, p.num_slices, slice_stride);
+    };
+    auto multiply = [&](float(&acc)[4][4], const BankRows& bank, int own, int at) {
+        const uint2 pair = kept_h[warp][own][at][lane & 15];
+        const u32 h[2] = {pair.x, pair.y};
+        add_product(acc, bank, h);
     };
 
-    for (int unit = first_unit; unit < min(first_unit + run, units); ++unit, ++column_tile) {
+    // A lane's outputs of the tile's tokens, to where `to` has a row of 64 for each token, or in addition to them.
+    auto put = [&](float* to, const float(&acc)[4][4], bool is_more) {
+        if (quad >= 2) return;
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float4* at = reinterpret_cast<float4*>(to + (quad * 2 + t) * PITCH + group * 8 + half * 4);
+                float4 v = make_float4(acc[half * 2][t], acc[half * 2][t + 2], acc[half * 2 + 1][t],
+                                       acc[half * 2 + 1][t + 2]);
+                if (is_more) v.x += at->x, v.y += at->y, v.z += at->z, v.w += at->w;
+                *at = v;
+            }
+    };
+
+    for (;; ++column_tile, unit_end += cost) {
         if (column_tile == column_tiles) column_tile = 0, ++tile, has_record = false;
         if (!has_record) {
+            if (tile >= num_tiles || run_start >= run_end) break;
             has_record = is_new = true;
-            held = -1;  // the sublinear that `h` is of (with SILU: gate, and up)
+            held = -1;  // the sublinear that `kept_h` is of (with SILU: gate, and up)
             int4 tokens = make_int4(tile * TILE, tile * TILE + 1, tile * TILE + 2, tile * TILE + 3);
             int4 one = make_int4(-1, 0, -1, -1),
-                 two = make_int4(-1, min(TILE, step.num_tokens - tile * TILE), 0, 0);
+                 two = make_int4(-1, min(TILE, step.num_tokens - tile * TILE), 0, 1 << COST_SHIFT | tile);
             if (has_step) {
                 const int4* record = reinterpret_cast<const int4*>(step.small_tiles + tile * RECORD);
                 tokens = record[0], one = record[1], two = record[2];
             }
             adapter = one.x, num_pages = one.y, gain_row = two.x, count = two.y;
+            cost = two.w >> COST_SHIFT;
+            const int tile_start = (two.w & ((1 << COST_SHIFT) - 1)) * column_tiles;
+            if (is_first) column_tile = (run_start - tile_start) / cost;
+            unit_end = tile_start + (column_tile + 1) * cost;
             my_token[0] = lane < 16 ? tokens.x : tokens.y;
             my_token[1] = lane < 16 ? tokens.z : tokens.w;
-            has_row = group < count;
+            my_pages = (group & 3) < count ? num_pages - (lane >> 4) : 0;
             const int low_token = group & 1 ? tokens.y : tokens.x, high_token = group & 1 ? tokens.w : tokens.z;
-            my_h =
-                p.h + static_cast<u32>((group & 2 ? high_token : low_token) * p.num_sublinears * width) + quad * 2;
-            pointers.set(p, one.z, one.w);
+            my_h = (group & 2 ? high_token : low_token) * p.num_sublinears * width;
+            my_h += (lane >> 4) * PAGE_ROWS + quad * 2;
+            first_page = one.z, second_page = one.w;
         }
+        if (unit_end > run_end) break;
         const int column = column_tile * 64, my_column = column + (lane & 15) * 4;
         const int my_output = output_of(my_column);
         const bool is_inside = column + group * 8 < columns;
         const int bank_column = output_of(column + group * 8) - group * 8;
-        BankRows bank[PARTS];  // it was there before the step began
-        if (num_pages > 0) {
+        // Pages beyond the first pair; or, where there are outputs of more than one sublinear, all of them: each
+        // sublinear in turn, the others' outputs as zeros.
+        const int first_sublinear = sublinear_of(p, output_of(column));
+        const int last_sublinear = sublinear_of(p, output_of(min(column + 63, columns - 1)));
+        const bool is_whole = first_sublinear == last_sublinear;
+        const int more_place = is_whole ? 2 : 0;
+        const bool has_more = num_pages > more_place;
+        BankRows rows[MORE];
+        auto load_more = [&](int part, int sublinear, int place) {
+            const int* pages = step.page_table + adapter * step.max_pages;
+            const bool is_wanted = is_whole || sublinear_of(p, output_of(column + group * 8)) == sublinear;
+#pragma unroll
+            for (int i = 0; i < MORE; ++i, place += 2) {
+                BankPointers more;
+                more.set(p, place < num_pages ? pages[place] : -1, place + 1 < num_pages ? pages[place + 1] : -1);
+                rows[i] = more.load(bank_column + part * part_stride, is_inside && is_wanted);
+            }
+        };
+        BankRows bank[PARTS];
+        auto load_first = [&] {
+            BankPointers pointers;
+            pointers.set(p, first_page, second_page);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
                 bank[part] = pointers.load(bank_column + part * part_stride, is_inside);
-        }
+        };
+        // The bank was there before the step began.
+        if (has_more)
+            load_more(0, first_sublinear, more_place);
+        else if (num_pages > 0)
+            load_first();
         uint2 norm_weight = make_uint2(0, 0);  // so was this
         if (ENDING == WITH_NORM && my_column < columns)
             norm_weight = __ldg(reinterpret_cast<const uint2*>(p.output_norm.weight + my_column));
-        if (!has_waited) wait_for_producer();
-        has_waited = true;
+        if (is_first) wait_for_producer();
+        is_first = false;
+
+        // What the further pages add, before anything else needs registers.
+        if (has_more) {
+            const bool is_kept = is_whole && num_pages <= 2 + 2 * MORE;
+            if (is_kept && held != first_sublinear) {
+#pragma unroll
+                for (int i = 0; i < SUBLINEARS; ++i) keep_more_h(i, first_sublinear + i, 2);
+            }
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                const int own = part < SUBLINEARS ? part : 0;  // whose h
+                float acc[4][4] = {};
+                for (int s = first_sublinear; s <= last_sublinear; ++s)
+                    for (int place = more_place; place < num_pages; place += 2 * MORE) {
+                        if (part > 0 || s > first_sublinear || place > more_place) load_more(part, s, place);
+                        if (!is_kept) keep_more_h(own, s + own, place);
+#pragma unroll
+                        for (int i = 0; i < MORE; ++i)
+                            if (place + 2 * i < num_pages) multiply(acc, rows[i], own, 1 + i);
+                    }
+                put(staging[warp][part], acc, false);
+            }
+            if (is_whole)
+                load_first();
+            else
+                held = -1;
+        }
 
         // The linear alone, of the first two tokens: its first slots, or all of it.
         if (ENDING == WITH_ROTARY && is_new) places.ask(p.rotary, my_token, count);
@@ -260,41 +380,17 @@ __device__ __forceinline__ void expand_small(const ExpandParams& p) {
 
         // What the adapter adds, through shared memory to the lanes that add it.
         if (num_pages > 0) {
-            const int first_sublinear = sublinear_of(p, output_of(column));
-            const int last_sublinear = sublinear_of(p, output_of(min(column + 63, columns - 1)));
-            const int mine = sublinear_of(p, output_of(column + group * 8));
-            const bool is_whole = first_sublinear == last_sublinear;
             if (is_whole && first_sublinear != held) {
 #pragma unroll
-                for (int i = 0; i < SUBLINEARS; ++i) load_h(h[i], first_sublinear + i, 0);
+                for (int i = 0; i < SUBLINEARS; ++i) keep_first_h(i, first_sublinear + i);
                 held = first_sublinear;
             }
+            if (is_whole) {
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int own = part < SUBLINEARS ? part : 0;  // whose h
-                float acc[4][4] = {};
-                if (is_whole) add_product(acc, bank[part], h[own]);
-                // More ranks; or outputs of more than one sublinear: each in turn, the others' as zeros.
-                for (int s = first_sublinear; s <= last_sublinear; ++s)
-                    for (int place = is_whole ? 2 : 0; place < num_pages; place += 2) {
-                        const int* pages = step.page_table + adapter * step.max_pages + place;
-                        BankPointers more;
-                        more.set(p, pages[0], place + 1 < num_pages ? pages[1] : -1);
-                        const BankRows rows =
-                            more.load(bank_column + part * part_stride, is_inside && (is_whole || mine == s));
-                        u32 more_h[2];
-                        load_h(more_h, s + own, place);
-                        add_product(acc, rows, more_h);
-                    }
-                if (quad < 2) {
-#pragma unroll
-                    for (int t = 0; t < 2; ++t) {
-                        float* to = staging[warp][part] + (quad * 2 + t) * PITCH + group * 8;
-                        *reinterpret_cast<float4*>(to) =
-                            make_float4(acc[0][t], acc[0][t + 2], acc[1][t], acc[1][t + 2]);
-                        *reinterpret_cast<float4*>(to + 4) =
-                            make_float4(acc[2][t], acc[2][t + 2], acc[3][t], acc[3][t + 2]);
-                    }
+                for (int part = 0; part < PARTS; ++part) {
+                    float acc[4][4] = {};
+                    multiply(acc, bank[part], part < SUBLINEARS ? part : 0, 0);
+                    put(staging[warp][part], acc, has_more);
                 }
             }
             __syncwarp();
@@ -357,7 +453,7 @@ __device__ __forceinline__ void expand_small(const ExpandParams& p) {
         }
         __syncwarp();
     }
-    if (!has_waited) wait_for_producer();
+    if (is_first) wait_for_producer();
 }
 
 #define EXPAND(NAME, THREADS, MIN_BLOCKS, BODY)                       \

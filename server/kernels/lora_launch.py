@@ -23,6 +23,7 @@ _LARGE_BLOCKS = 2112  # at most so many; then each does more in turn
 _KERNELS = Path(__file__).parent
 _SOURCES = (
     "common.cuh",
+    "lora_step.cuh",
     "lora_shrink.cu",
     "lora_endings.cuh",
     "lora_expand.cu",
@@ -41,6 +42,25 @@ NO_ROTARY = (0, 0, 0, 0, 0, 0, 0, 0)
 def kernel_source() -> str:
     """The CUDA source; it compiles for sm_80 on."""
     return "\n".join((_KERNELS / name).read_text() for name in _SOURCES)
+
+
+def slice_of_inputs(in_features: int) -> int:
+    """Inputs that shrink sums in one part; a function of the shape alone."""
+    return 1024 if in_features <= 8192 else 2048
+
+
+def empty_h(x: torch.Tensor, a_bank: torch.Tensor, step: LoraGpuStep) -> torch.Tensor:
+    """What shrink fills: fp32 [slices, num_tokens, sublinears, max_pages * PAGE_ROWS].
+
+    x       [num_tokens, in]                 bf16
+    a_bank  [num_bank_rows, sublinears, in]  bf16
+    """
+    num_tokens, in_features = x.shape
+    assert x.dtype == a_bank.dtype == torch.bfloat16, "x and the bank are bf16"
+    assert x.stride(1) == a_bank.stride(2) == 1, "rows of x and of the bank are contiguous"
+    slices = -(-in_features // slice_of_inputs(in_features))
+    shape = (slices, num_tokens, a_bank.shape[1], step.max_pages * PAGE_ROWS)
+    return torch.empty(shape, device=x.device)
 
 
 def run_expand(

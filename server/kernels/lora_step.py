@@ -12,8 +12,11 @@ NO_ADAPTER = -1
 NO_GAIN = -1
 SMALL_TILE, LARGE_TILE = 4, 64  # tokens of one adapter that expand goes through together
 
-_SMALL_ITEM, _LARGE_ITEM, _ITEM_PAGES = 8, 32, 2  # tokens and pages that a block shrinks
+SMALL_ITEM, LARGE_ITEM = 8, 32  # tokens of one adapter that are shrunk together
+_ITEM_PAGES = 2  # and pages
 _RECORD = 12
+# What 64 outputs of a small tile cost expand: with two pages at most, and each two pages more.
+_COST, _MORE_COST, _MAX_COST, _COST_SHIFT = 8, 4, 255, 20
 _HOST_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
 
 
@@ -23,13 +26,15 @@ class LoraGpuStep:
     Filling it changes no address. `header` bounds everything else, so what an earlier, larger step
     left behind is never read. One record holds all that a block has to know.
 
-    header       [8]   items; small tiles with an adapter, all small ones; the same of large ones
+    header       [8]   items; small tiles with an adapter, all small ones; the same of large ones;
+                       costs of the small ones with an adapter, of all; the least of one
     items        [max_items, 4]    page, second page or -1; first position in token_order;
                                    tokens | place of the page among the adapter's << 16
     small_tiles  [max_small, 12]   up to 4 tokens of one adapter: the tokens; adapter or NO_ADAPTER,
                                    its number of pages, first and second page; bank row with DoRA's
-                                   gain - 1 or NO_GAIN, tokens, first position in token_order, 0
-    large_tiles  [max_large, 12]   up to 64 tokens, likewise, without the tokens
+                                   gain - 1 or NO_GAIN, tokens, first position in token_order,
+                                   cost << 20 | costs of the tiles before
+    large_tiles  [max_large, 12]   up to 64 tokens, likewise, without the tokens and costs
     page_table   [max_adapters, max_pages]
     token_order  [max_tokens]      tokens by adapter, those without one last
     """
@@ -38,7 +43,7 @@ class LoraGpuStep:
         self, *, max_tokens: int, max_adapters: int, max_pages: int, device: torch.device
     ) -> None:
         self.max_tokens, self.max_adapters, self.max_pages = max_tokens, max_adapters, max_pages
-        few, many = min(max_tokens, DECODE_TOKENS), max_adapters + 1 + max_tokens // _LARGE_ITEM
+        few, many = min(max_tokens, DECODE_TOKENS), max_adapters + 1 + max_tokens // LARGE_ITEM
         self.max_small = min(max_tokens, FINISH_TOKENS)
         self.max_large = max_adapters + 1 + max_tokens // LARGE_TILE
         self.max_items = max(few, many) * -(-max_pages // _ITEM_PAGES)
@@ -119,7 +124,7 @@ class LoraGpuStep:
         ends = np.cumsum(np.bincount(ranked, minlength=num_adapters + 1))
         header = np.zeros(8, np.int32)
 
-        item_tokens = _SMALL_ITEM if num_tokens <= DECODE_TOKENS else _LARGE_ITEM
+        item_tokens = SMALL_ITEM if num_tokens <= DECODE_TOKENS else LARGE_ITEM
         owner, first, count = _tiles(ends[:-1], item_tokens)
         repeats = -(-num_pages[owner] // _ITEM_PAGES)
         place = _positions(repeats) * _ITEM_PAGES
@@ -142,7 +147,14 @@ class LoraGpuStep:
             records[:, 5] = num_pages[owner]
             records[:, 6], records[:, 7] = table[owner, 0], table[owner, 1]
             records[:, 8], records[:, 9], records[:, 10] = gains[owner], count, first
-            header[at : at + 2] = np.count_nonzero(owner < num_adapters), len(owner)
+            num_with_adapter = np.count_nonzero(owner < num_adapters)
+            header[at : at + 2] = num_with_adapter, len(owner)
+            if size == SMALL_TILE:
+                further = np.maximum(num_pages - 1, 0) // 2  # pairs of pages of each adapter
+                costs = np.minimum(_COST + _MORE_COST * further, _MAX_COST)[owner]
+                records[:, 11] = costs << _COST_SHIFT | np.cumsum(costs) - costs
+                with_adapter = costs[:num_with_adapter].sum()
+                header[5:8] = with_adapter, costs.sum(), min(costs.tolist(), default=0)
             self._put(buffer, name, records)
         self._put(buffer, "header", header)
         self._put(buffer, "page_table", table[:num_adapters, : self.max_pages])

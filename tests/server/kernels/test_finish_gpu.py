@@ -25,8 +25,8 @@ SENTINEL = 7.0
 EPS = 1e-5
 IN_FEATURES = 256
 MAX_POSITIONS = 512
-PAGES = [[3, 0], [7], [5, 1, 9], [8, 2, 4, 10, 6]]
-GAIN_ROWS = [NO_GAIN, 11 * PAGE_ROWS + 3, 11 * PAGE_ROWS, NO_GAIN]
+PAGES = [[3, 0], [7], [5, 1, 9], [8, 2, 4, 10, 6], [6, 0, 9, 2, 10, 1, 8, 3]]
+GAIN_ROWS = [NO_GAIN, 11 * PAGE_ROWS + 3, 11 * PAGE_ROWS, NO_GAIN, NO_GAIN]
 NUM_PAGES = 12
 SHAPES = [(32, 8, 128), (9, 3, 64), (4, 2, 16), (6, 2, 32), (3, 1, 256)]  # heads, KV heads, head
 MIXES = {
@@ -36,6 +36,8 @@ MIXES = {
     "single": [2],
     "full": [i % 5 - 1 for i in range(64)],
     "many": [i % 5 - 1 for i in range(200)],
+    "ranks": [4, 0, 1, 1, 1, 1, 1, 1] * 4,
+    "heavy": [4],
 }
 NO_STEP = 7  # tokens, where the kernel is told of no step at all
 
@@ -401,6 +403,38 @@ class TestFinishRotary:
             assert torch.equal(q, launch(other, other_step, other_norm, expected))
             assert torch.equal(k_cache, expected[0])
             assert torch.equal(v_cache, expected[1])
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestDealing:
+    @pytest.mark.parametrize("hidden", [64, 576, 4096])
+    @pytest.mark.parametrize("with_silu", [False, True])
+    def test_a_token_has_the_same_bits_however_the_work_is_dealt(
+        self, with_silu: bool, hidden: int
+    ) -> None:
+        adapters = [*MIXES["ranks"], -1, -1, 2, 3, 3]
+        linear = make_linear(adapters, (hidden, hidden))
+        together = lora_gpu.finish(*linear.args(), with_silu=with_silu)
+        for tokens in (slice(1), slice(1, 2), slice(2, 9), slice(30, None), slice(8, 30, 3)):
+            some = replace(
+                linear,
+                workspace=linear.workspace[:, tokens].contiguous(),
+                x=linear.x[tokens],
+                adapters=adapters[tokens],
+            )
+            result = lora_gpu.finish(*some.args(), with_silu=with_silu)
+            assert torch.equal(result, together[tokens]), f"{tokens}"
+
+    @pytest.mark.parametrize("num_multiprocessors", [1, 3, 50, 132])
+    def test_any_number_of_warps_does_all_of_it(
+        self, num_multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        linear = make_linear([*MIXES["ranks"], -1, 3], (320, 320))
+        expected = lora_gpu.finish(*linear.args())
+        kernels = lora_launch.kernels_of(linear.workspace.device)
+        monkeypatch.setattr(kernels, "num_multiprocessors", num_multiprocessors)
+        assert torch.equal(lora_gpu.finish(*linear.args()), expected)
 
 
 @pytest.mark.gpu

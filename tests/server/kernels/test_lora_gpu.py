@@ -85,6 +85,31 @@ class TestStep:
         assert table[0, :3].tolist() == [4, 2, 9]
         assert table[1, :1].tolist() == [7]
 
+    @pytest.mark.parametrize("num_tokens", [1, 13, 300])
+    def test_small_tiles_say_what_they_and_those_before_them_cost(self, num_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(num_tokens)
+        adapters = torch.randint(-1, 6, (num_tokens,), generator=generator).tolist()
+        cost_of_pages = {1: 8, 2: 8, 3: 12, 8: 20, 9: 24, 32: 68}
+        pages = [list(range(count)) for count in cost_of_pages]
+        step = make_step(num_tokens)
+        step.fill(adapters, pages, [NO_GAIN] * 6)
+        _, with_adapter, num_tiles, _, _, *totals = step.view("header").tolist()
+        records = step.view("small_tiles").view(-1, 12)[:num_tiles].tolist()
+        costs = [cost_of_pages[record[5]] if record[5] else 8 for record in records]
+        before = [sum(costs[:index]) for index in range(num_tiles)]
+        assert [record[11] >> 20 for record in records] == costs
+        assert [record[11] & 0xFFFFF for record in records] == before
+        assert totals == [sum(costs[:with_adapter]), sum(costs), min(costs)]
+
+    def test_what_a_tile_costs_fits_into_its_record(self) -> None:
+        step = LoraGpuStep(
+            max_tokens=512, max_adapters=512, max_pages=200, device=torch.device("cpu")
+        )
+        step.fill(list(range(512)), [list(range(200))] * 512, [NO_GAIN] * 512)
+        packed = step.view("small_tiles").view(-1, 12)[:, 11]
+        assert packed[-1] == 255 << 20 | 511 * 255
+        assert step.view("header")[6] == 512 * 255
+
     def test_filling_again_leaves_the_addresses_alone(self) -> None:
         step = make_step(8)
         before = step.addresses()
