@@ -204,7 +204,6 @@ def merge(
         adapter=adapter,
         base=model.path,
         base_name=model.name,
-        base_digest=base_digest(model.path),
         merge_base=merge_base,
         out=out,
         store=adapter_config(store).store,
@@ -212,7 +211,7 @@ def merge(
         device=device,
         allow_other_base=allow_other_base,
     )
-    run(options, Console())
+    run(options, base_digest(model.path), Console())
 
 
 @app.command(

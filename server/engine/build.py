@@ -22,9 +22,10 @@ from server.engine.scheduler import Scheduler
 from server.kernels.dense_linear import can_pack
 from server.kernels.lora_step import PAGE_ROWS
 from server.model.adapter_bank import AdapterBank, PackedAdapter
-from server.model.decoder import Decoder, activation_dtype
+from server.model.decoder import Decoder
 from server.model.gpu_step import padded_rows, step_bytes
 from server.model.kv_cache import KVCache, block_bytes
+from server.model.linear import activation_dtype
 from server.model.loader import Checkpoint, OnProgress, load_decoder
 from server.model.spec import ModelSpec, read_spec
 
@@ -45,7 +46,8 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     is_fused = has_gpu_kernels(config, spec, dtype, device)
     scheduling = _scheduling(config, device)
     checkpoint = Checkpoint(config.model.path)
-    digest = _digest(config.model.path, config.model.quantization)
+    hashing = ThreadPoolExecutor(max_workers=1)  # beside the loading: it takes seconds too
+    hashed = hashing.submit(_digest, config.model.path, config.model.quantization)
     max_model_len = min(config.model.max_model_len or spec.max_positions, spec.max_positions)
     decoder: Decoder | GpuDecoder
     if is_fused:
@@ -54,6 +56,8 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
         decoder = load_decoder(
             checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
         )
+    digest = hashed.result()
+    hashing.shutdown()
     bank_dtype = activation_dtype(dtype, device)
     bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
     block_size = config.cache.block_size

@@ -40,15 +40,6 @@ class Layer:
     linears: dict[str, Linear]
 
 
-def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What runs between the linears of weights in `dtype`: on a CPU fp32, as do adapters.
-
-    A product in bf16 there has an overhead that LoRA's small ones cannot bear, and casts between
-    each linear and its LoRA would cost as much again (docs/performance.md).
-    """
-    return torch.float32 if device.type == "cpu" else dtype
-
-
 class Decoder:
     """A Mistral-family decoder over a paged KV cache and an adapter bank."""
 

@@ -9,20 +9,31 @@ from server.kernels.dense_linear import DenseWeight, dense_linear, pack
 from server.quant import nf4
 
 
+def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What runs between the linears of weights in `dtype`: on a CPU fp32, as do adapters.
+
+    A product in bf16 there has an overhead that LoRA's small ones cannot bear, and casts between
+    each linear and its LoRA would cost as much again (docs/performance.md).
+    """
+    return torch.float32 if device.type == "cpu" else dtype
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """x @ weight.T for a frozen weight [out, in].
 
+    activations        dtype of the result
     row_norms_squared  [out] fp32: what DoRA needs to know of the weight, which may be packed away
     """
 
     weight: DenseWeight
+    activations: torch.dtype
     row_norms_squared: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in] -> [num_tokens, out], in the dtype of activations."""
         y = dense_linear(x.to(self.weight.weight.dtype), self.weight)
-        return y.to(self.row_norms_squared.dtype)
+        return y.to(self.activations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,4 +76,5 @@ def make_linear(
     if quantization == "nf4":
         matrices = [nf4.quantize(matrix).dequantize(dtype) for matrix in matrices]
     stacked = torch.cat([matrix.to(dtype) for matrix in matrices]).to(device)
-    return Linear(pack(stacked), stacked.float().square().sum(dim=1))
+    norms = stacked.float().square().sum(dim=1)
+    return Linear(pack(stacked), activation_dtype(dtype, device), norms)

@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from server.kernels.dense_linear import pack
 from server.kernels.fused import rotary_tables
-from server.model.decoder import Decoder, Layer, activation_dtype
-from server.model.linear import make_linear
+from server.model.decoder import Decoder, Layer
+from server.model.linear import activation_dtype, make_linear
 from server.model.spec import FUSED, ModelSpec
 
 OnProgress = Callable[[str, float], None]

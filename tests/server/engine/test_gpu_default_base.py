@@ -85,16 +85,20 @@ def oracle(base: Path, folders: dict[str, Path], *, is_exact: bool) -> Any:
 
 
 @torch.inference_mode()
-def choices(model: Any, name: str | None, request: Request) -> list[int]:
-    """The oracle's choice at each place of an answer, which it reads as a whole."""
-    ids = torch.tensor([request.prompt_ids + request.output_ids], device="cuda")
+def choices(model: Any, name: str | None, requests: list[Request]) -> list[int]:
+    """The oracle's choice at each place of these answers, all read in one pass, padded behind."""
+    texts = [request.prompt_ids + request.output_ids for request in requests]
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device="cuda")
     if name is None:
         with model.disable_adapter():
-            logits = model(ids).logits[0]
+            logits = model(ids).logits
     else:
         model.set_adapter(name)
-        logits = model(ids).logits[0]
-    found: list[int] = logits[len(request.prompt_ids) - 1 : -1].argmax(dim=-1).tolist()
+        logits = model(ids).logits
+    found: list[int] = []
+    for row, text, request in zip(logits.argmax(dim=-1), texts, requests, strict=True):
+        found += row[len(request.prompt_ids) - 1 : len(text) - 1].tolist()
     return found
 
 
@@ -113,30 +117,31 @@ def test_top_1_is_as_often_off_exact_arithmetic_as_bitsandbytes_is(
     refs: dict[str | None, AdapterRef | None] = {None: None}
     refs.update({name: harness.push(folder) for name, folder in folders.items()})
 
-    answers: list[tuple[str, str | None, Request]] = []
+    answers: dict[tuple[str, str | None], list[Request]] = {}
     for name, ref in refs.items():
-        answers += [("alone", name, harness.add(list(p), ref, GREEDY)) for p in prompts]
+        answers["alone", name] = [harness.add(list(p), ref, GREEDY) for p in prompts]
         harness.run()
-    mixed = [
-        ("mixed", name, harness.add(list(p), refs[name], GREEDY)) for p in prompts for name in refs
-    ]
-    random.Random(0).shuffle(mixed)
+    order = [(name, prompt) for prompt in prompts for name in refs]
+    random.Random(0).shuffle(order)
+    for name, prompt in order:
+        request = harness.add(list(prompt), refs[name], GREEDY)
+        answers.setdefault(("mixed", name), []).append(request)
     harness.run()
-    answers += mixed
 
     exact, theirs = (oracle(base, folders, is_exact=flag) for flag in (True, False))
     places: Counter[Any] = Counter()
     our_misses: Counter[Any] = Counter()
     their_misses: Counter[Any] = Counter()
-    for how, name, request in answers:
-        right = choices(exact, name, request)
-        beside = choices(theirs, name, request)
-        places[how, name] += len(right)
-        our_misses[how, name] += sum(a != b for a, b in zip(request.output_ids, right, strict=True))
-        their_misses[how, name] += sum(a != b for a, b in zip(beside, right, strict=True))
+    for key, requests in answers.items():
+        right = choices(exact, key[1], requests)
+        beside = choices(theirs, key[1], requests)
+        ours = [token_id for request in requests for token_id in request.output_ids]
+        places[key] = len(right)
+        our_misses[key] = sum(a != b for a, b in zip(ours, right, strict=True))
+        their_misses[key] = sum(a != b for a, b in zip(beside, right, strict=True))
     for key, count in places.items():
-        ours, bitsandbytes = our_misses[key] / count, their_misses[key] / count
-        print(f"{key}: ours {ours:.2%}, bitsandbytes {bitsandbytes:.2%} of {count}")  # noqa: T201  # the figures
+        shares = our_misses[key] / count, their_misses[key] / count
+        print(f"{key}: ours {shares[0]:.2%}, bitsandbytes {shares[1]:.2%} of {count}")  # noqa: T201  # the figures
     assert our_misses.total() <= their_misses.total() + MARGIN * places.total()
     for key, count in places.items():
         assert our_misses[key] <= their_misses[key] + MARGIN * count + 0.01 * count, key
