@@ -8,6 +8,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 560, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 40
 _BAR_ROW = 20  # height of one bar and the gap below it
+_LEAST = 1e-12  # no figure here is smaller and means anything
 _BAR_LABEL = 150  # room for its name
 _BAR_ROOM = WIDTH - _BAR_LABEL - 76  # and for itself; the rest is the note's
 _NAME_CHARS = 22
@@ -63,15 +64,15 @@ def linear(
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if low == high:
+    if high - low <= _LEAST * max(abs(low), abs(high), 1.0):
         low, high = low - 0.5, high + 0.5
     pad = 0.05 * (high - low)
     return Axis(low if zero and low == 0 else low - pad, high + pad, label, format=format)
 
 
 def logarithmic(values: Iterable[float], label: str = "", *, format: Format = seconds) -> Axis:
-    """A log axis that holds all the values above zero."""
-    above = [value for value in values if value > 0 and math.isfinite(value)]
+    """A log axis that holds all the values above zero, by more than rounding."""
+    above = [value for value in values if value > _LEAST and math.isfinite(value)]
     low, high = min(above, default=1e-3), max(above, default=1.0)
     low, high = low / 1.15, high * 1.15
     if high / low < 4:  # a narrow span would blow noise up

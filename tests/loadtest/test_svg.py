@@ -156,3 +156,10 @@ def test_nothing_to_draw_is_an_empty_picture() -> None:
     drawn.area([], [], "c0")
     parsed(drawn.render())
     parsed(bars([], linear([]), "empty"))
+
+
+@pytest.mark.parametrize("values", [[5e-324], [5e-324, 1.0], [0.0], [1.0, 1.0 + 1e-16], []])
+def test_an_axis_of_next_to_nothing_still_has_ticks(values: list[float]) -> None:
+    for axis in (linear(values, zero=False), linear(values), logarithmic(values)):
+        assert axis.low < axis.high
+        assert axis.ticks()
