@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup base serve loadtest test test-slow test-all test-gpu check format clean
+.PHONY: help setup base serve train loadtest test test-slow test-all test-gpu check format clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -45,6 +45,10 @@ base: $(INSTALLED) ## make the default base, once
 serve: base ## serve the default base and two example adapters on 127.0.0.1:8000
 	@exec $(BIN)/turnout serve --example-adapters $(ARGS)
 
+train: base ## train an adapter on 64 example rows and register it as capital-tags
+	@$(BIN)/turnout train --config training/example/train.yaml --out .turnout/trained/capital-tags \
+		--overwrite --register capital-tags $(ARGS)
+
 loadtest: base ## load a server of 20 adapters for a minute; .turnout/loadtest/report.html
 	@$(BIN)/turnout loadtest demo $(ARGS)
 
@@ -70,5 +74,5 @@ format: $(INSTALLED) ## rewrite what check would complain of, where a tool can
 	@$(BIN)/ruff check --fix .
 
 clean: ## remove all that make made; adapters registered in .turnout/store stay
-	rm -rf .venv .turnout/base *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .turnout/base .turnout/trained *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -266,7 +266,8 @@ def train(
     if dry_run:
         return
     run.train(prepared, base_digest(settings.base), console, resume=resume, overwrite=overwrite)
-    console.print(f"The adapter is in {settings.out}; {settings.out}/report.html has the curves.")
+    said = f"The adapter is in {settings.out}; {settings.out / 'report.html'} has the curves."
+    console.print(said, markup=False, soft_wrap=True)
     if register is not None:
         adapters_cli.push(
             register, settings.out, base=settings.base, store=store, url=url, api_key=api_key

@@ -47,7 +47,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.doctor",
         "loadtest",
         "training",
-        "training",
         *SHARED,
     ),
     "adapters": (),
