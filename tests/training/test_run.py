@@ -1,0 +1,368 @@
+"""From the command line to a folder that is served."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import httpx
+import peft
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from adapters.manifest import AdapterRefused, BaseShape
+from adapters.registry import Registry
+from server import cli
+from server.base_digest import base_digest
+from server.default_base import ensure_default_base
+from tests.server.test_serve import Server
+from tests.training.conftest import MakeConfig
+from training import run
+from training.checkpoint import RunState
+from training.config import TrainConfig, make_config, read_settings
+from training.loss import summed_loss
+from training.packing import collate
+from training.plan import mask_in_colour
+from training.qlora import load_base
+from training.render import Example
+from training.report import svg_chart
+from training.result import RESULT_FILES, Outcome
+
+EXAMPLE = Path(__file__).parent.parent.parent / "training" / "example"
+CPU = torch.device("cpu")
+MakeOutcome = Callable[..., Outcome]
+Turnout = Callable[..., str]
+
+
+def finish(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Run to the end, unseen."""
+    prepared, digest = run.prepare(config), base_digest(config.base)
+    return run.train(
+        prepared, digest, Console(file=io.StringIO()), resume=resume, overwrite=overwrite
+    )
+
+
+@pytest.fixture
+def train(make: MakeConfig) -> MakeOutcome:
+    """Return a function that trains; keywords are settings."""
+    return lambda **settings: finish(make(**{"max_steps": 4, **settings}))
+
+
+def held_out_loss(outcome: Outcome, model: Any) -> float:
+    """Of the model, over the outcome's evaluation rows."""
+    rows = [(i,) for i in range(len(outcome.dataset.evaluation))]
+    batch = collate(outcome.dataset.evaluation, rows, 2, is_packed=False)
+    with torch.no_grad():
+        return float(summed_loss(model.base_model.model, batch)) / batch.num_learned
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's call
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
+def test_the_folder_is_what_peft_loads_and_as_good_as_the_best_evaluation(
+    train: MakeOutcome, save_dtype: str
+) -> None:
+    outcome = train(save_dtype=save_dtype, use_rslora=True)
+    out, base = outcome.config.out, load_base(outcome.config.base, "nf4", torch.float32, CPU)
+    again = peft.PeftModel.from_pretrained(base, str(out))
+    assert outcome.state.best_loss is not None
+    tolerance = 1e-5 if save_dtype == "fp32" else 2e-3
+    assert held_out_loss(outcome, again) == pytest.approx(outcome.state.best_loss, rel=tolerance)
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {
+        {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[save_dtype]
+    }
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "chat-base"
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True, "rank_pattern": {"q_proj": 2}}])
+def test_the_folder_passes_the_registry(
+    train: MakeOutcome, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    outcome = train(**settings)
+    shape = BaseShape.from_config(outcome.config.base, "chat-base", outcome.base_digest)
+    registry = Registry.open(tmp_path / "store", shape)
+    try:
+        revision = registry.push("mine", outcome.config.out)
+        training = revision.source["training"]
+        assert training["base_digest"] == outcome.base_digest
+        assert revision.num_parameters == training["num_trainable"]
+        assert registry.manifest(revision.digest).use_dora == bool(settings)
+    finally:
+        registry.close()
+
+
+def test_turnout_json_tells_how_it_was_made(train: MakeOutcome, tokenizer: Any) -> None:
+    outcome = train(seed=3)
+    notes = json.loads((outcome.config.out / "turnout.json").read_text())
+    training = notes["training"]
+    assert notes["rope"]["rope_type"] == "default"
+    probe = training["probe"]
+    ids = tokenizer.apply_chat_template(
+        probe["messages"], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert probe["ids"] == list(ids)
+    assert training["seed"] == 3
+    assert training["steps"] == 4
+    assert training["held_out_loss"] == outcome.state.best_loss
+    assert training["data_fingerprint"] == outcome.dataset.fingerprint
+    assert training["versions"]["torch"] == torch.__version__
+    assert training["memory"]["peak"] == outcome.peak_bytes > 0
+    assert training["memory"]["estimated"] == outcome.estimated_bytes > 0
+    assert re.fullmatch("[0-9a-f]{64}", training["template_sha256"])
+    assert training["settings"]["rank"] == 4
+    assert training["settings"]["data"] == "rows.jsonl"  # no path of this machine
+    assert str(outcome.config.out.parent) not in json.dumps(notes)
+
+
+def test_the_card_names_base_data_recipe_and_prompt(train: MakeOutcome) -> None:
+    outcome = train(use_dora=True, targets="attention", eval_fraction=0)
+    card = (outcome.config.out / "README.md").read_text()
+    assert card.startswith("---\nbase_model: chat-base\nlibrary_name: peft\n")
+    assert f"sha256 `{outcome.base_digest}`" in card
+    assert outcome.dataset.fingerprint in card
+    assert "rank 4, alpha 8, DoRA, on attention" in card
+    assert "nothing was held out" in card
+    assert "    <|im_start|>assistant" in card
+    assert '    targets: "attention"' in card
+    assert str(outcome.config.out.parent) not in card
+    first = (outcome.config.out / "adapter_config.json").read_text()
+    assert json.loads(first)["use_dora"] is True
+
+
+def test_the_report_is_one_file_with_both_curves(train: MakeOutcome) -> None:
+    outcome = train()
+    page = (outcome.config.out / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=|https?://""", page)
+    loss, rate = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert [line.count(",") for line in re.findall(r'points="([^"]*)"', loss)] == [4, 3]
+    assert 'class="evaluation"' not in rate
+    assert f"{outcome.state.best_loss:.4f} at step" in page
+
+
+def test_a_chart_is_well_formed_and_spans_its_points() -> None:
+    text = svg_chart([("training", [(0, 4.0), (5, 2.0), (10, 0.0)]), ("evaluation", [])], "a<b")
+    chart = ElementTree.fromstring(text)
+    (line,) = chart.iter("polyline")
+    points = [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    xs, ys = zip(*points, strict=True)
+    assert xs == (60.0, 385.0, 710.0)
+    assert ys[0] == 10.0
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1])
+    assert "10" in [label.text for label in chart.iter("text")]
+    ElementTree.fromstring(svg_chart([("training", [])], "empty"))
+
+
+def test_learned_tokens_are_green_in_the_sample(tokenizer: Any) -> None:
+    ids = tokenizer("one two")["input_ids"]
+    text = mask_in_colour(Example(tuple(ids), (False, True), True), tokenizer)
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert green == [tokenizer.decode(ids[1:])]
+    assert text.plain.endswith("one| two")
+
+
+def test_a_folder_in_use_is_never_overwritten_by_accident(make: MakeConfig, tmp_path: Path) -> None:
+    config = make(max_steps=1)
+    first = finish(config)
+    with pytest.raises(ValueError, match="--resume goes on there, --overwrite replaces"):
+        finish(config)
+    assert finish(config, resume=True).state.history == first.state.history  # nothing left to do
+    assert finish(make(max_steps=1, seed=1), overwrite=True).state.step == 1
+    with pytest.raises(ValueError, match="of a run with other settings"):
+        finish(config, resume=True)
+
+
+def test_a_folder_of_somebody_elses_is_never_touched(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "README.md").write_text("mine")
+    (home / "thesis.tex").write_text("mine too")
+    for flags in ((False, False), (True, False), (False, True), (True, True)):
+        with pytest.raises(ValueError, match=r"holds thesis\.tex, which no run wrote"):
+            run.claim(home, resume=flags[0], overwrite=flags[1])
+    with pytest.raises(ValueError, match="which is no folder"):
+        run.claim(home / "thesis.tex", resume=False, overwrite=True)
+    assert sorted(path.name for path in home.iterdir()) == ["README.md", "thesis.tex"]
+
+
+def test_replacing_a_run_leaves_nothing_of_it(make: MakeConfig) -> None:
+    outcome = finish(make(max_steps=1))
+    out = outcome.config.out
+    assert sorted(path.name for path in out.iterdir()) == sorted(("checkpoints", *RESULT_FILES))
+    run.claim(out, resume=True, overwrite=False)
+    assert (out / "turnout.json").exists()
+    run.claim(out, resume=False, overwrite=True)
+    assert list(out.iterdir()) == []
+
+
+@pytest.fixture
+def turnout(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows_file: Path,
+    chat_base: Path,
+) -> Turnout:
+    """Run `turnout train` in a state folder of its own; return what it says, both ways."""
+    monkeypatch.setenv("TURNOUT_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def command(*args: object, code: int = 0) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train", *map(str, args)])
+        printed = capsys.readouterr()
+        assert (stopped.value.code or 0) == code, printed.err
+        return printed.out + printed.err
+
+    needed = ("--base", chat_base, "--data", rows_file, "--out", tmp_path / "out")
+    return lambda *args, code=0: command(*needed, *args, code=code)
+
+
+def test_a_dry_run_says_all_and_writes_nothing(turnout: Turnout, tmp_path: Path) -> None:
+    said = turnout("--dry-run", "--rank", "4", "--targets", "attention", "--eval-fraction", "0")
+    assert re.search(r"trainable parameters +3,584", said)
+    assert re.search(r"rows +12 read, 12 kept", said)
+    assert re.search(r"steps +6, 2 in an epoch, 1 of warm-up", said)
+    assert re.search(r"together, estimated +[\d,]+ MiB", said)
+    assert "|<|im_start|>|ass|istant|" in said
+    assert "note: nothing is held out" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_trains_and_registers(turnout: Turnout, tmp_path: Path) -> None:
+    said = turnout("--max-steps", "2", "--lora_r", "4", "--register", "mine", "--no-packing")
+    assert "hint: lora_r is called rank here" in said
+    assert "mine@1 registered" in said
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert list((tmp_path / "state" / "store" / "objects").iterdir())
+
+
+def test_the_command_line_goes_before_the_file(turnout: Turnout, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("rank: 4\nlearning_rate: 1e-3\nbase: nowhere\n")
+    said = turnout("--config", file, "--dry-run", "--lora-r", "2", "--targets", "attention")
+    assert re.search(r"trainable parameters +1,792", said)
+    assert "0.001" in said
+
+
+def test_a_finished_run_is_resumed_replaced_or_left_alone(turnout: Turnout, tmp_path: Path) -> None:
+    options = ("--max-steps", "2", "--rank", "2", "--save-every", "1")
+    turnout(*options)
+    first = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "--resume goes on there" in turnout(*options, code=1)
+    assert "Going on after step 2" in turnout(*options, "--resume", "--save-dtype", "bf16")
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert again.keys() == first.keys()
+    for name, tensor in again.items():
+        assert torch.equal(tensor, first[name].bfloat16())
+    assert "of a run with other settings" in turnout(*options, "--seed", "1", "--resume", code=1)
+    turnout(*options, "--seed", "1", "--overwrite")
+    other = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(not torch.equal(tensor, first[name]) for name, tensor in other.items())
+
+
+def test_progress_is_said_in_loss_rate_speed_and_memory() -> None:
+    record = {"loss": 1.25, "learning_rate": 2e-4, "tokens": 300, "seconds": 0.5}
+    state = RunState(step=2, history=[{**record, "tokens": 100}, record])
+    assert run.figures(state, CPU).startswith("loss 1.250  lr 2.0e-04  400 tok/s  ")
+    state.evaluations.append({"step": 2, "loss": 1.5})
+    assert "(held out 1.500)" in run.figures(state, CPU)
+    assert 1e8 < run.peak_bytes(CPU) < 1e12
+
+
+def test_early_stopping_is_said(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([5.0, 1.0, 2.0])
+    monkeypatch.setattr("training.trainer.Trainer.held_out_loss", lambda self: next(losses))
+    config = make(epochs=9, eval_every=1, patience=1)
+    sink = io.StringIO()
+    console = Console(file=sink, width=100)
+    outcome = run.train(run.prepare(config), "digest", console, resume=False, overwrite=False)
+    assert "Stopped at step 2: no better since step 1" in sink.getvalue()
+    assert (outcome.state.step, outcome.state.best_loss) == (2, 1.0)
+
+
+def test_what_is_wrong_is_one_line(turnout: Turnout) -> None:
+    assert "did you mean 'rank'" in turnout("--rnk", "4", code=1)
+    assert "name: 'no/name' does not match" in turnout("--register", "no/name", code=1)
+    assert "Traceback" not in turnout("--rank", "0", code=1)
+
+
+def test_the_settings_are_listed(turnout: Turnout) -> None:
+    said = turnout("--settings")
+    assert all(name in said for name in TrainConfig.model_fields)
+
+
+def test_a_name_is_checked_before_the_run() -> None:
+    run.check_name(None)
+    run.check_name("fine")
+    with pytest.raises(AdapterRefused):
+        run.check_name("not fine")
+
+
+def test_without_a_base_the_default_one_is_trained(rows_file: Path, tmp_path: Path) -> None:
+    given = {"base": None, "data": rows_file, "out": tmp_path}
+    assert run.settings_of(None, given, [], lambda: tmp_path / "default").base.name == "default"
+    named = run.settings_of(None, given, ["--model-id", "x"], lambda: tmp_path / "default")
+    assert named.base == Path("x")
+
+
+def test_the_shipped_example_has_64_rows_and_a_config() -> None:
+    settings = {**read_settings(EXAMPLE / "train.yaml"), "base": ensure_default_base(), "out": "o"}
+    prepared = run.prepare(make_config(settings)[0])
+    (report,) = prepared.dataset.reports
+    assert (report.num_rows, report.num_kept, report.num_duplicates) == (64, 64, 0)
+    assert report.num_ending_turn == 64
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Outcome, Server]]:
+    """The shipped example trained on the default base, and a server of it."""
+    folder = tmp_path_factory.mktemp("taught")
+    settings = {**read_settings(EXAMPLE / "train.yaml"), "eval_data": EXAMPLE / "rows.jsonl"}
+    lines = (EXAMPLE / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "held.jsonl").write_text("".join(lines[-8:]))
+    settings |= {"base": ensure_default_base(), "out": folder / "out", "epochs": 3}
+    settings |= {"eval_data": folder / "held.jsonl"}
+    outcome = finish(make_config(settings)[0])
+    server = Server(folder / "store")
+    command = ["adapters", "push", "taught", str(folder / "out"), "--store", str(folder / "store")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--url", server.url])
+    assert not stopped.value.code
+    yield outcome, server
+    server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_server_gives_the_taught_answer(taught: tuple[Outcome, Server]) -> None:
+    question: list[Any] = [{"role": "user", "content": "What is the capital of Italy?"}]
+    reply = taught[1].openai.chat.completions.create(
+        model="taught", messages=question, temperature=0, max_tokens=20
+    )
+    assert reply.choices[0].message.content == "Rome [geography]"
+    assert reply.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_servers_held_out_loss_is_the_trainers(taught: tuple[Outcome, Server]) -> None:
+    outcome, server = taught
+    total, count = 0.0, 0
+    for example in outcome.dataset.evaluation:
+        ids = list(example.ids)
+        body = {"model": "taught", "prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 0}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+        logprobs = answer["choices"][0]["logprobs"]["token_logprobs"][: len(ids)]
+        for logprob, is_learned in zip(logprobs[1:], example.is_learned[1:], strict=True):
+            total -= logprob * is_learned
+            count += is_learned
+    assert outcome.state.best_loss is not None
+    assert math.isclose(total / count, outcome.state.best_loss, rel_tol=0.002)

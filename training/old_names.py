@@ -1,0 +1,137 @@
+"""Argument names of other tools' tutorials, and what they are called here."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+MICRO_BATCH = 4  # the default of the setting
+
+# Names of other tools' tutorials, and ours.
+RENAMED = {
+    "adam_weight_decay": "weight_decay",
+    "cutoff_len": "max_length",
+    "dataset_name": "data",
+    "dataset_path": "data",
+    "early_stopping_patience": "patience",
+    "eval_steps": "eval_every",
+    "group_by_length": "group_lengths",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "rank",
+    "lora_target_modules": "targets",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "schedule",
+    "max_seq_len": "max_length",
+    "max_seq_length": "max_length",
+    "micro_batch_size": "micro_batch",
+    "model_id": "base",
+    "model_name": "base",
+    "model_name_or_path": "base",
+    "neftune_noise_alpha": "neftune_alpha",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "output_dir": "out",
+    "per_device_train_batch_size": "micro_batch",
+    "r": "rank",
+    "sample_packing": "packing",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "sequence_len": "max_length",
+    "target_modules": "targets",
+    "train_file": "data",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "val_set_size": "eval_fraction",
+    "validation_file": "eval_data",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+}
+
+# Names whose value means something else here: each gives our fields, or a complaint.
+_Translation = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+
+
+def _strategy(every: str) -> _Translation:
+    def translate(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+        if value == "no" and every == "eval_every":
+            return {"eval_fraction": 0.0}
+        if value not in ("epoch", "steps"):
+            raise ValueError(f"{value!r} is neither 'epoch' nor 'steps'; set {every}")
+        return {every: 0} if value == "epoch" else {}
+
+    return translate
+
+
+def _only(expected: tuple[Any, ...], then: Mapping[str, Any], else_: Mapping[str, Any]) -> Any:
+    def translate(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(then if value in expected else else_)
+
+    return translate
+
+
+def _accumulation(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    micro = given.get("micro_batch", MICRO_BATCH)
+    return {"batch_size": int(value) * int(micro)}
+
+
+def _optim(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+    known = {
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "adamw_8bit": "paged_adamw_8bit",
+        "adamw_bnb_8bit": "paged_adamw_8bit",
+        "paged_adamw_32bit": "paged_adamw",
+    }
+    return {"optimizer": known.get(value, value)}
+
+
+def _text_field(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+    if value != "text":
+        raise ValueError(f"it is {value!r}; rename that column to 'text'")
+    return {"format": "text"}
+
+
+TRANSLATED: dict[str, _Translation] = {
+    "assistant_only_loss": _only((True,), {"loss": "assistant"}, {}),
+    "bf16": _only((True,), {"dtype": "bf16"}, {}),
+    "completion_only_loss": _only((True,), {"loss": "completion"}, {"loss": "all"}),
+    "dataset_text_field": _text_field,
+    "eval_strategy": _strategy("eval_every"),
+    "evaluation_strategy": _strategy("eval_every"),
+    "gradient_accumulation_steps": _accumulation,
+    "load_in_4bit": _only((True,), {"quantization": "nf4"}, {"quantization": "none"}),
+    "logging_steps": _only((), {}, {}),  # every step is logged
+    "optim": _optim,
+    "save_strategy": _strategy("save_every"),
+    "train_on_inputs": _only((True,), {"loss": "all"}, {"loss": "assistant"}),
+}
+
+
+def field_of(name: str) -> str:
+    """Our name of a setting."""
+    return RENAMED.get(name, name)
+
+
+def translate(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Our names for all settings, and a hint for each old one; ValueError for a contradiction."""
+    ours: dict[str, Any] = {}
+    hints = []
+    for name, value in settings.items():
+        if name in TRANSLATED:
+            continue
+        field = field_of(name)
+        if field in ours:
+            raise ValueError(f"{field} is given twice, once as {name}")
+        if field != name:
+            hints.append(f"{name} is called {field} here")
+        ours[field] = value
+    for name in sorted(settings.keys() & TRANSLATED.keys()):  # these may look at what is renamed
+        try:
+            found = TRANSLATED[name](settings[name], ours)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        means = ", ".join(f"{field}: {value}" for field, value in found.items())
+        hints.append(f"{name} is taken as {means or 'the default'}")
+        for field, value in found.items():
+            if ours.setdefault(field, value) != value:
+                raise ValueError(f"{name} contradicts {field}: {ours[field]}")
+    return ours, sorted(hints)

@@ -1,0 +1,145 @@
+"""Documents to token ids with a loss mask, through the base's own chat template."""
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from training.rows import Chat, RowRefused, Text
+
+Span = tuple[int, int]  # characters that are learned: first, one past the last
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document as tokens: `is_learned[i]` says whether token i counts in the loss."""
+
+    ids: tuple[int, ...]
+    is_learned: tuple[bool, ...]
+    ends_turn: bool  # the last learned token ends a turn, so that serving stops there
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens that count. The first token of a document has nothing to be predicted from."""
+        return sum(self.is_learned[1:])
+
+    def cut(self, max_length: int) -> "Example":
+        """The first `max_length` tokens."""
+        if len(self.ids) <= max_length:
+            return self
+        learned = self.is_learned[:max_length]
+        ends = self.ends_turn and not any(self.is_learned[max_length:])
+        return replace(self, ids=self.ids[:max_length], is_learned=learned, ends_turn=ends)
+
+
+class Renderer:
+    """Renders and tokenizes as the server does; knows which tokens end a turn."""
+
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int], loss: str) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError("the base's tokenizer has no tokenizer.json, which loss masks need")
+        self.tokenizer, self.end_ids, self._loss = tokenizer, end_ids, loss
+
+    def example(self, document: Chat | Text) -> Example:
+        """Tokenize and mask one document. Raises RowRefused where the template does."""
+        if isinstance(document, Text):
+            return self._plain(document)
+        text, spans = self._chat(document)
+        return self._masked(text, spans, adds_start=False, adds_end=False)
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """What the server makes of a chat request."""
+        text = self._render(messages, generate=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _plain(self, document: Text) -> Example:
+        text = document.prompt + document.completion
+        start = 0 if self._loss == "all" else len(document.prompt)
+        return self._masked(text, [(start, len(text))], adds_start=True, adds_end=True)
+
+    def _chat(self, document: Chat) -> tuple[str, list[Span]]:
+        messages = list(document.messages)
+        text = self._render(messages, generate=False)
+        if self._loss == "all":
+            return text, [(0, len(text))]
+        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = []
+        for index in replies if self._loss == "assistant" else replies[-1:]:
+            before = self._render(messages[:index], generate=True)
+            through = self._render(messages[: index + 1], generate=False)
+            if not (through.startswith(before) and text.startswith(through)):
+                raise RowRefused(
+                    "the template renders a reply otherwise once later turns follow"
+                    if through.startswith(before)
+                    else "the template's generation prompt is not how it renders a reply"
+                )
+            spans.append((len(before), len(through)))
+        return text, spans
+
+    def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generate, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            raise RowRefused(f"the template refuses it: {error}") from None
+        return str(text)
+
+    def _masked(self, text: str, spans: list[Span], *, adds_start: bool, adds_end: bool) -> Example:
+        """Tokenize `text` whole; learn what begins inside a span, up to the end of its turn."""
+        ids, offsets = self._encoded(text, [first for first, _ in spans])
+        learned = [False] * len(ids)
+        ends_turn = False
+        for first, last in spans:
+            inside = [i for i, (at, _) in enumerate(offsets) if first <= at < last]
+            if self._loss != "all":  # what the template puts after the end is never generated
+                ends = [i for i in inside if ids[i] in self.end_ids]
+                inside = [i for i in inside if not ends or i <= ends[-1]]
+            for i in inside:
+                learned[i] = True
+            ends_turn = any(ids[i] in self.end_ids for i in inside[-2:])
+        start = self.tokenizer.bos_token_id
+        if adds_start and self._adds_start() and ids[:1] != [start]:
+            ids, learned = [start, *ids], [False, *learned]
+        if adds_end and self.tokenizer.eos_token_id is not None:
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids, learned = [*ids, self.tokenizer.eos_token_id], [*learned, True]
+            ends_turn = True
+        return Example(tuple(ids), tuple(learned), ends_turn)
+
+    def _encoded(self, text: str, starts: list[int]) -> tuple[list[int], list[Span]]:
+        """Tokens and where each begins and ends in `text`.
+
+        Where a token would reach over the start of a reply, as newlines may, that reply is
+        tokenized apart: what is generated never joins the tokens of its prompt.
+        """
+        whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(whole["input_ids"]), list(whole["offset_mapping"])
+        cuts = [start for start in starts if any(at < start < end for at, end in offsets)]
+        if not cuts:
+            return ids, offsets
+        ids, offsets = [], []
+        for first, last in itertools.pairwise([0, *cuts, len(text)]):
+            part = self.tokenizer(
+                text[first:last], add_special_tokens=False, return_offsets_mapping=True
+            )
+            ids += part["input_ids"]
+            offsets += [(first + at, first + end) for at, end in part["offset_mapping"]]
+        return ids, offsets
+
+    def _adds_start(self) -> bool:
+        start = self.tokenizer.bos_token_id
+        return start is not None and self.tokenizer("")["input_ids"][:1] == [start]
+
+
+def end_ids(base: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens after which the server stops: the tokenizer's, and generation_config.json's."""
+    found = {tokenizer.eos_token_id}
+    path = base / "generation_config.json"
+    if path.is_file():
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        found |= set(ends) if isinstance(ends, list) else {ends}
+    return frozenset(found - {None})

@@ -1,0 +1,178 @@
+"""Rows of training data, out of whatever file holds them."""
+
+import csv
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+ROLES = ("system", "user", "assistant")
+_FIELDS = {
+    "chat": ("messages",),
+    "instruction": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+class RowRefused(ValueError):
+    """This row cannot be learned from; the run goes on without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, to be rendered with the base's template."""
+
+    messages: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text; `prompt` is read and `completion` is learned."""
+
+    prompt: str
+    completion: str
+
+
+def read_rows(path: Path) -> Iterator[Row | RowRefused]:
+    """Yield each row of a file or a datasets folder, or why it is none.
+
+    Raises ValueError where the file as a whole cannot be read.
+    """
+    if not path.exists():
+        raise ValueError(f"the data {path} is not there")
+    if path.is_dir():
+        return iter(_datasets_folder(path))
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{path} ends in none of {', '.join(readers)}")
+    return iter(readers[path.suffix](path))
+
+
+def to_document(row: Row, kind: str, system: str | None) -> Chat | Text:
+    """Make sense of one row. `kind` is the config's format. Raises RowRefused."""
+    if kind == "auto":
+        kind = _kind(row)
+    missing = [field for field in _FIELDS[kind] if row.get(field) in (None, "")]
+    if missing:
+        raise RowRefused(f"{' and '.join(missing)} missing or empty")
+    if kind == "chat":
+        return Chat(_messages(row["messages"], system))
+    if kind == "instruction":
+        parts = [_text(row, "instruction"), _text(row, "input") if row.get("input") else ""]
+        turns = [_turn("user", "\n\n".join(part for part in parts if part))]
+        return Chat(_messages([*turns, _turn("assistant", _text(row, "output"))], system))
+    if kind == "prompt" and isinstance(row["prompt"], list):
+        completion = row["completion"]
+        if isinstance(completion, str):
+            completion = [_turn("assistant", completion)]
+        if not isinstance(completion, list):
+            raise RowRefused("completion is neither a text nor a list of messages")
+        return Chat(_messages([*row["prompt"], *completion], system))
+    if kind == "prompt":
+        return Text(_text(row, "prompt"), _text(row, "completion"))
+    return Text("", _text(row, "text"))
+
+
+def _kind(row: Row) -> str:
+    for kind, fields in _FIELDS.items():
+        if all(field in row for field in fields):
+            return kind
+    raise RowRefused("no field of any known format")
+
+
+def _text(row: Row, field: str) -> str:
+    if not isinstance(row[field], str):
+        raise RowRefused(f"{field} is not a text")
+    return str(row[field])
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _messages(turns: Any, system: str | None) -> tuple[dict[str, str], ...]:
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowRefused("messages is not a list of messages")
+    for turn in turns:
+        if turn.get("role") not in ROLES:
+            raise RowRefused(f"role {str(turn.get('role'))[:20]!r} is not among {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str):
+            raise RowRefused("a message's content is not a text")
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise RowRefused("no message of the assistant")
+    known = [_turn(turn["role"], turn["content"]) for turn in turns]
+    if system is not None and known[0]["role"] != "system":
+        known.insert(0, _turn("system", system))
+    return tuple(known)
+
+
+def _jsonl(path: Path) -> Iterator[Row | RowRefused]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            if line.strip():
+                yield _parsed(line)
+
+
+def _parsed(line: str) -> Row | RowRefused:
+    try:
+        return _object(json.loads(line))
+    except ValueError:
+        return RowRefused("not JSON")
+
+
+def _object(value: Any) -> Row | RowRefused:
+    return value if isinstance(value, dict) else RowRefused("not a JSON object")
+
+
+def _json(path: Path) -> Iterator[Row | RowRefused]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(found, dict) and len(found) == 1:  # {"data": [...]}
+        (found,) = found.values()
+    if not isinstance(found, list):
+        raise ValueError(f"{path} must hold a list of rows")
+    yield from map(_object, found)
+
+
+def _csv(path: Path) -> Iterator[Row | RowRefused]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            if None in row:
+                yield RowRefused("more cells than the header has")
+                continue
+            if isinstance(row.get("messages"), str):  # a cell holds no list: JSON in it may
+                messages = _parsed(f'{{"messages": {row["messages"]}}}')
+                yield messages if isinstance(messages, RowRefused) else {**row, **messages}
+                continue
+            yield {**row}
+
+
+def _parquet(path: Path) -> Iterator[Row | RowRefused]:
+    yield from _optional("pyarrow.parquet", path).read_table(path).to_pylist()
+
+
+def _datasets_folder(path: Path) -> Iterator[Row | RowRefused]:
+    found = _optional("datasets", path).load_from_disk(str(path))
+    if hasattr(found, "keys"):  # one of several splits
+        if "train" not in found:
+            raise ValueError(f"{path} holds the splits {', '.join(found)}; name the folder of one")
+        found = found["train"]
+    for row in found:
+        yield dict(row)
+
+
+def _optional(module: str, path: Path) -> Any:
+    """A library that Turnout does without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.split(".")[0]
+        raise ValueError(
+            f"to read {path} needs {name}: pip install {name}, or hand in JSONL"
+        ) from None
