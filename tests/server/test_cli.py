@@ -158,6 +158,17 @@ def test_serve_without_options_is_the_config_without_options(
     assert config.adapters.bank_rows == defaults.adapters.bank_rows
 
 
+def test_the_gpus_table_is_asked_for_by_name(
+    fake_module: Callable[..., None], turnout: Turnout, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    fake_module(
+        "server.bench.gpu_table", run=lambda file, *, num_popular: seen.append((file, num_popular))
+    )
+    turnout("bench", "--gpu-table", "--json", tmp_path / "t.json", "--popular", 1000)
+    assert seen == [(tmp_path / "t.json", 1000)]
+
+
 def test_bench_passes_its_options_on(
     fake_module: Callable[..., None], turnout: Turnout, tiny_base: Path
 ) -> None:

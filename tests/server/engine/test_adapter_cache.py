@@ -437,6 +437,17 @@ def test_an_error_of_our_own_making_is_not_taken_for_a_bad_adapter() -> None:
         setup.cache.poll()
 
 
+def test_an_evicted_adapter_leaves_the_bank_for_host_memory_unless_it_is_leased() -> None:
+    setup = Setup()
+    setup.load(MIDDLE)
+    setup.load(SMALL, leased=True)
+    setup.events()
+    for digest in ("m", "s", "nosuch"):
+        setup.cache.evict(digest)
+    assert setup.events() == [("evicted", "m", "gpu")]
+    assert (setup.cache.tier("m"), setup.cache.tier("s")) == ("host", "gpu")
+
+
 def test_a_dropped_adapter_stays_while_it_is_leased_and_then_leaves_every_tier() -> None:
     setup = Setup()
     setup.load(MIDDLE, leased=True)
