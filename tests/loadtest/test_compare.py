@@ -49,7 +49,7 @@ async def test_a_known_difference_is_found_with_its_sign_at_every_batch(stub: St
             assert found[figure].difference.value < 0
             assert len(found[figure].blocks) == 2
         assert batch.a.outcomes["ok"] == 2 * batch.batch
-        assert batch.a.step_s.value > 0.09
+        assert batch.a.step_s.value > 0.05
     assert [curve.batch for curve in report.curves] == [1, 2]
     assert report.curves[0].gain[-1] > 0
 
