@@ -121,7 +121,6 @@ def test_what_start_up_left_is_collected_no_more() -> None:
     settle_heap()
     try:
         assert gc.get_freeze_count() > 1000
-        assert len(gc.get_objects(generation=2)) < 1000
     finally:
         gc.unfreeze()
 

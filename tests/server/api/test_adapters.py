@@ -97,7 +97,7 @@ def test_an_upload_leaves_nothing_behind(server: Server, folder: Path) -> None:
     upload(server, folder)
     server.http().post("/v1/adapters", data={"name": NAME}, files={"a": ("b.bin", b"x")})
     uploads = server.services.config.adapters.store / "uploads"
-    assert list(uploads.iterdir()) == []
+    wait_until(lambda: not list(uploads.iterdir()), 10.0)
 
 
 def test_the_same_idempotency_key_gives_the_same_revision(
