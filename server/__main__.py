@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import signal
 import socket
@@ -22,6 +21,7 @@ from server.api.residency import EngineDropper, digest_names
 from server.api.tokenizer import TextCodec
 from server.config import Config
 from server.engine.client import EngineClient, EngineStartError
+from server.engine.latency import settle_heap
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
             starting.cancel()
             await engine.close()
             raise
-    settle_heap()
+    settle_heap()  # a scrape would set off a full collection
     _say_ready(console, config.model.name, url, example_adapters=example_adapters)
     try:
         await _until_stopped(app, engine, serving)
@@ -79,15 +79,6 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
     finally:
         await engine.close()
         registry.close()
-
-
-def settle_heap() -> None:
-    """Keep the garbage collector from walking what start-up has left, which stays for good.
-
-    A full collection of it takes over 100 ms, in which no stream moves; a scrape sets one off.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _say_ready(console: Console, name: str, url: str, *, example_adapters: bool) -> None:

@@ -153,14 +153,20 @@ def bench(
         bool, typer.Option("--gpu-table", help="Instead: a random 7B on this GPU, all figures.")
     ] = False,
     popular: Annotated[
-        int, typer.Option(help="With --gpu-table: adapters for the figure about popularity.")
+        int, typer.Option(help="Instead: so many adapters over that 7B, asked for by Zipf's law.")
     ] = 0,
+    seconds: Annotated[float, typer.Option(help="With --popular: how long they are.")] = 180,
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
     if gpu_table:
         from server.bench.gpu_table import run as run_gpu_table
 
-        run_gpu_table(json_file, num_popular=popular)
+        run_gpu_table(json_file)
+        return
+    if popular:
+        from server.bench.popularity import run as run_popularity
+
+        run_popularity(popular, seconds, json_file)
         return
     model = base_config(base, None, quantization=quantization)
     from server.bench.run import BenchOptions, run

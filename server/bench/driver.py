@@ -6,9 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.config import Config
 from server.engine.build import build_engine
 from server.engine.gpu_runner import GpuRunner
 from server.engine.latency import settle
@@ -46,6 +45,11 @@ class Trace:
         ]
         return statistics.mean(spans) * 1e3
 
+    @property
+    def prefill_s(self) -> float:
+        """From the start to the moment when every request had its first token."""
+        return max(times[0] for times in self.times.values()) - self.began
+
     def first_token_ms(self) -> float:
         """Mean time from the start to a request's first token."""
         return statistics.mean(times[0] - self.began for times in self.times.values()) * 1e3
@@ -65,33 +69,24 @@ def p99(ordered: list[float]) -> float:
 
 
 class Driver:
-    """One engine over a base."""
+    """One engine, and greedy requests for it that never end early."""
 
-    def __init__(
-        self, base: Path, store: Path, cache: CacheConfig, bank_rows: int, device: str = "cuda"
-    ) -> None:
-        self.model = ModelConfig(path=base, name="reference", device=device)
-        adapters = AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=16 << 30)
+    def __init__(self, config: Config) -> None:
         began = time.perf_counter()
-        self.engine, self.info = build_engine(
-            Config(model=self.model, cache=cache, adapters=adapters), lambda stage, fraction: None
-        )
+        self.engine, self.info = build_engine(config, lambda stage, fraction: None)
         self.start_s = time.perf_counter() - began
         settle()
         self._ids = itertools.count()
         self._random = random.Random(0)
 
-    def add(self, adapter: AdapterRef | None, prompt_tokens: int, new_tokens: int) -> str:
-        """Queue a greedy request with a random prompt; returns its id."""
+    def add(self, adapter: AdapterRef | None, prompt_ids: list[int], new_tokens: int) -> str:
+        """Queue a request; returns its id."""
         request_id = str(next(self._ids))
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         self.engine.add(
             Request(
                 request_id=request_id,
-                prompt_ids=[
-                    self._random.randrange(3, self.info.vocab_size) for _ in range(prompt_tokens)
-                ],
-                sampling=sampling,
+                prompt_ids=prompt_ids,
+                sampling=SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True),
                 adapter=adapter,
                 tenant="",
                 arrival_time=time.monotonic(),
@@ -99,6 +94,12 @@ class Driver:
             )
         )
         return request_id
+
+    def add_random(self, adapter: AdapterRef | None, num_tokens: int, new_tokens: int) -> str:
+        """Queue a request whose prompt is so many random tokens."""
+        size = self.info.vocab_size
+        prompt_ids = [self._random.randrange(3, size) for _ in range(num_tokens)]
+        return self.add(adapter, prompt_ids, new_tokens)
 
     def run(self, on_step: OnStep | None = None) -> Trace:
         """Step until nothing is left to do."""
@@ -121,7 +122,7 @@ class Driver:
     def load(self, adapters: list[AdapterRef]) -> None:
         """Bring adapters into the bank."""
         for adapter in adapters:
-            self.add(adapter, 8, 1)
+            self.add_random(adapter, 8, 1)
         self.run()
 
     def replay_ms(self) -> float:

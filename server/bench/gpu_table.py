@@ -1,24 +1,19 @@
 """`turnout bench --gpu-table`: the reference on this GPU, each figure beside its floor."""
 
 import gc
-import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from adapters.registry import Registry
-from server.adapter_admin import base_shape
 from server.bench.driver import Driver, p99
+from server.bench.figures import Figure, show
 from server.bench.http import HttpSystem
-from server.bench.reference import save_adapters, save_reference_base
+from server.bench.reference import reference_config, register_adapters, save_reference_base
 from server.config import CacheConfig, ModelConfig
 from server.engine.messages import RequestOutput
 from server.engine.request import AdapterRef
@@ -35,50 +30,21 @@ STEP_FLOOR_MS = {1: 1.3, 8: 1.6, 32: 2.7, 64: 3.2}
 CACHE = CacheConfig(num_blocks=8192, prefix_caching=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One measured line of the table."""
-
-    name: str
-    value: float
-    unit: str
-    floor: float | None = None
-    note: str = ""
-
-
-def run(json_file: Path | None, *, num_popular: int = 0) -> list[Figure]:
-    """Measure everything, print each figure as it comes and the table at the end.
-
-    num_popular  how many rank-4 adapters to register for the figure about popularity; 0 leaves it
-                 out, for a thousand take 40 GB of disk and some ten minutes
-    """
-    console = Console(width=120)
-    figures = []
+def run(json_file: Path | None) -> list[Figure]:
+    """Measure everything, print each figure as it comes and the table at the end."""
     with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
-        for figure in _figures(Path(scratch), num_popular):
-            figures.append(figure)
-            console.print(f"{figure.name}: {figure.value:.3f} {figure.unit} {figure.note}")
-    _print(figures, console)
-    if json_file is not None:
-        rows = {
-            "torch": torch.__version__,
-            "gpu": torch.cuda.get_device_name(),
-            "date": time.strftime("%Y-%m-%d"),
-            "figures": [asdict(figure) for figure in figures],
-        }
-        json_file.write_text(json.dumps(rows, indent=1))
-    return figures
+        return show(_figures(Path(scratch)), json_file)
 
 
-def _figures(root: Path, num_popular: int) -> Iterator[Figure]:
+def _figures(root: Path) -> Iterator[Figure]:
     device = torch.device("cuda")
     spec = save_reference_base(root / "base", device)
     store = root / "store"
     ranks = [RANK] * NUM_ADAPTERS + list(MIXED_RANKS) * (NUM_ADAPTERS // len(MIXED_RANKS))
-    refs = _push(store, root / "base", save_adapters(root / "adapters", spec, ranks))
+    refs = register_adapters(store, root / "base", spec, ranks)
     uniform, mixed = refs[:NUM_ADAPTERS], refs[NUM_ADAPTERS:]
 
-    driver = Driver(root / "base", store, CACHE, 2 * NUM_ADAPTERS * RANK)
+    driver = Driver(reference_config(root / "base", store, CACHE, 2 * NUM_ADAPTERS * RANK))
     yield Figure("start to ready, caches as they are", driver.start_s, "s")
     driver.load(uniform)
     yield from _decode(driver, uniform)
@@ -88,9 +54,6 @@ def _figures(root: Path, num_popular: int) -> Iterator[Figure]:
     yield from _beside_prompts(driver, uniform)
     yield from _beside_loads(driver, uniform)
     yield from _mixed_ranks(driver, mixed)
-    if num_popular:
-        folders = save_adapters(root / "popular", spec, [4] * num_popular)
-        yield from _popularity(driver, _push(store, root / "base", folders))
     engine_s = _whole(driver, uniform)
     del driver
     gc.unfreeze()
@@ -113,18 +76,10 @@ def _figures(root: Path, num_popular: int) -> Iterator[Figure]:
     yield from _capped(root / "base", store, uniform)
 
 
-def _push(store: Path, base: Path, folders: list[Path]) -> list[AdapterRef]:
-    registry = Registry.open(store, base_shape(ModelConfig(path=base)))
-    first = len(registry.list())
-    revisions = [registry.push(f"a{first + i}", folder) for i, folder in enumerate(folders)]
-    registry.close()
-    return [AdapterRef(revision.digest, revision.num_rank_rows) for revision in revisions]
-
-
 def _decode(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for batch, count in ((1, 1), (8, 8), (32, 32), (64, 32)):
         for index in range(batch):
-            driver.add(adapters[index % count], PROMPT, NEW)
+            driver.add_random(adapters[index % count], PROMPT, NEW)
         measured = driver.run().step_ms(batch)
         gpu = _gpu_ms(driver, [adapters[index % count] for index in range(batch)])
         note = f"{batch * 1e3 / measured:,.0f} tok/s; the GPU alone {gpu:.2f} ms"
@@ -134,7 +89,7 @@ def _decode(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
 
 def _gpu_ms(driver: Driver, batch: list[AdapterRef]) -> float:
     """The step in the middle of such a run, replayed without the host."""
-    requests = [driver.add(adapter, PROMPT, NEW) for adapter in batch]
+    requests = [driver.add_random(adapter, PROMPT, NEW) for adapter in batch]
     found: list[float] = []
     num_full = 0
 
@@ -154,7 +109,7 @@ def _one_row(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     steps = []
     for first in (None, adapters[0]):
         for index in range(32):
-            driver.add(first if index == 0 else None, PROMPT, NEW)
+            driver.add_random(first if index == 0 else None, PROMPT, NEW)
         steps.append(driver.run().step_ms(32))
     yield Figure("decode step, batch 32, no adapter", steps[0], "ms")
     yield Figure("one row of the 32 with an adapter", steps[1] - steps[0], "ms more")
@@ -163,32 +118,32 @@ def _one_row(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
 def _mixed_ranks(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     driver.load(adapters)
     for adapter in adapters:
-        driver.add(adapter, PROMPT, NEW)
+        driver.add_random(adapter, PROMPT, NEW)
     yield Figure("decode step, batch 32, ranks 8 to 64, mean 16", driver.run().step_ms(32), "ms")
 
 
 def _first_tokens(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for batch in (1, 8, 32, 64):
         for index in range(batch):
-            driver.add(adapters[index % len(adapters)], PROMPT, 4)
+            driver.add_random(adapters[index % len(adapters)], PROMPT, 4)
         name = f"mean time to first token, {batch} prompt{'s' * (batch > 1)} at once"
         yield Figure(name, driver.run().first_token_ms(), "ms")
 
 
 def _prefill(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
     for index in range(8):
-        driver.add(adapters[index], 2048, 1)
+        driver.add_random(adapters[index], 2048, 1)
     yield Figure("prefill of 8 x 2,048 tokens, 8 adapters", driver.run().seconds, "s", 0.3)
 
 
 def _beside_prompts(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
-    streams = [driver.add(adapter, PROMPT, 1000) for adapter in adapters]
+    streams = [driver.add_random(adapter, PROMPT, 1000) for adapter in adapters]
     num_prompts = 0
 
     def add_prompt(seconds: float, outputs: list[RequestOutput]) -> None:
         nonlocal num_prompts
         if seconds > 1 + num_prompts:
-            driver.add(adapters[num_prompts], 2048, 1)
+            driver.add_random(adapters[num_prompts], 2048, 1)
             num_prompts += 1
 
     gaps = driver.run(add_prompt).gaps_ms(streams)
@@ -207,7 +162,7 @@ def _beside_loads(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure
         for adapter in others if tier == "disk" else ():
             driver.engine.adapters.drop(adapter.digest)
         driver.engine.adapters.take_events()
-        streams = [driver.add(adapter, PROMPT, 1400) for adapter in running]
+        streams = [driver.add_random(adapter, PROMPT, 1400) for adapter in running]
         due = [(0.5 + 0.2 * index, adapter) for index, adapter in enumerate(others)]
 
         def load(
@@ -224,39 +179,15 @@ def _beside_loads(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure
         if seconds:
             yield Figure(f"{tier} to bank, rank 16", statistics.median(seconds) * 1e3, "ms")
     driver.engine.adapters.drop(others[0].digest)
-    driver.add(others[0], PROMPT, 1)
+    driver.add_random(others[0], PROMPT, 1)
     yield Figure("disk to first token, rank 16", driver.run().first_token_ms(), "ms")
-
-
-def _popularity(driver: Driver, adapters: list[AdapterRef]) -> Iterator[Figure]:
-    """64 streams, each naming an adapter by Zipf's law, against 44 adapters that stay."""
-    random_ = random.Random(0)
-    rates = {}
-    for pool in (adapters[:44], adapters):
-        driver.load(pool[:44])
-        weights = [1 / (place + 1) for place in range(len(pool))]
-
-        def add(pool: list[AdapterRef] = pool, weights: list[float] = weights) -> None:
-            driver.add(random_.choices(pool, weights)[0], PROMPT, NEW)
-
-        def follow(seconds: float, outputs: list[RequestOutput]) -> None:
-            for output in outputs:
-                if output.finish_reason is not None and seconds < 30:
-                    add()
-
-        for _ in range(64):
-            add()
-        trace = driver.run(follow)
-        rates[len(pool)] = trace.num_tokens / trace.seconds
-    for count, rate in rates.items():
-        yield Figure(f"Zipf over {count} adapters of rank 4, 64 streams", rate, "tok/s")
 
 
 def _whole(driver: Driver, adapters: list[AdapterRef]) -> float:
     """Seconds for 64 requests, all at once, from the first to the last token."""
     driver.load(adapters)
     for index in range(64):
-        driver.add(adapters[index % NUM_ADAPTERS], PROMPT, NEW)
+        driver.add_random(adapters[index % NUM_ADAPTERS], PROMPT, NEW)
     return driver.run().seconds
 
 
@@ -277,26 +208,14 @@ def _capped(base: Path, store: Path, adapters: list[AdapterRef]) -> Iterator[Fig
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(CAPPED_GIB * (1 << 30) / total)
     cache = CacheConfig(num_blocks=4096, prefix_caching=False)
-    driver = Driver(base, store, cache, NUM_ADAPTERS * RANK)
+    driver = Driver(reference_config(base, store, cache, NUM_ADAPTERS * RANK))
     driver.load(adapters)
     for adapter in adapters[:8]:
-        driver.add(adapter, PROMPT, NEW)
+        driver.add_random(adapter, PROMPT, NEW)
     step = driver.run().step_ms(8)
     for adapter in adapters[:8]:
-        driver.add(adapter, 2048, 1)
+        driver.add_random(adapter, 2048, 1)
     driver.run()
     used = (free - torch.cuda.mem_get_info()[0]) / (1 << 30)
     note = f"{used:.1f} GiB used, prefill of 8 x 2,048 tokens included"
     yield Figure(f"decode step, batch 8, 8 adapters, {CAPPED_GIB} GiB", step, "ms", None, note)
-
-
-def _print(figures: list[Figure], console: Console) -> None:
-    table = Table(title=f"Mistral-7B shape, NF4, {torch.cuda.get_device_name()}")
-    table.add_column("")
-    table.add_column("measured", justify="right")
-    table.add_column("floor", justify="right")
-    table.add_column("")
-    for figure in figures:
-        floor = "" if figure.floor is None else f"{figure.floor:g}"
-        table.add_row(figure.name, f"{figure.value:,.2f} {figure.unit}", floor, figure.note)
-    console.print(table)

@@ -1,8 +1,10 @@
 """The reference for speed: random weights in the shape of Mistral-7B-v0.1, and adapters over it."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,7 +12,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from adapters.registry import Registry
+from server.adapter_admin import base_shape
 from server.bench.workload import save_random_adapter
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.engine.request import AdapterRef
 from server.model.spec import FUSED, ModelSpec, read_spec
 
 _LAYERS_PER_SHARD = 8
@@ -90,11 +96,28 @@ def _ones(spec: ModelSpec) -> torch.Tensor:
     return torch.ones(spec.hidden_size, dtype=torch.bfloat16)
 
 
-def save_adapters(folder: Path, spec: ModelSpec, ranks: Iterable[int]) -> list[Path]:
-    """One random adapter of each rank, on every linear; written by several threads."""
-    with ThreadPoolExecutor(8) as pool:
-        made = [
-            pool.submit(save_random_adapter, folder / f"{seed:04d}-r{rank}", spec, seed, rank)
-            for seed, rank in enumerate(ranks)
-        ]
-        return [future.result() for future in made]
+def register_adapters(
+    store: Path, base: Path, spec: ModelSpec, ranks: Iterable[int]
+) -> list[AdapterRef]:
+    """One random adapter of each rank, on every linear; as a0, a1, ... in the store."""
+    with closing(Registry.open(store, base_shape(ModelConfig(path=base)))) as registry:
+
+        def register(seed: int, rank: int) -> AdapterRef:
+            with tempfile.TemporaryDirectory(dir=store) as scratch:
+                folder = save_random_adapter(Path(scratch) / "adapter", spec, seed, rank)
+                revision = registry.push(f"a{seed}", folder)
+            return AdapterRef(revision.digest, revision.num_rank_rows)
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(register, *zip(*enumerate(ranks), strict=True)))
+
+
+def reference_config(
+    base: Path, store: Path, cache: CacheConfig, bank_rows: int, host_bytes: int = 16 << 30
+) -> Config:
+    """The reference on a GPU."""
+    return Config(
+        model=ModelConfig(path=base, name="reference", device="cuda"),
+        cache=cache,
+        adapters=AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=host_bytes),
+    )

@@ -9,7 +9,6 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,13 +20,12 @@ from rich.table import Table
 from adapters.registry import Registry
 from server.adapter_admin import base_shape
 from server.bench.baseline import PeftBaseline
+from server.bench.driver import Driver
 from server.bench.http import HttpSystem
 from server.bench.timing import Timing
 from server.bench.workload import ADAPTER_RANK, save_random_adapter
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
-from server.engine.build import build_engine
-from server.engine.engine import Engine
-from server.engine.request import AdapterRef, Request, SamplingParams
+from server.engine.request import AdapterRef
 from server.model.spec import read_spec
 
 
@@ -76,38 +74,17 @@ class TurnoutSystem:
         self.names = [revision.name for revision in revisions]
         self.bank_rows = bank_rows
         self._adapters = [AdapterRef(r.digest, r.num_rank_rows) for r in revisions]
-        self.engine, self.info = build_engine(config, lambda stage, fraction: None)
-        self._sampling = SamplingParams(
-            max_tokens=options.new_tokens, temperature=0, ignore_eos=True
-        )
+        self._driver = Driver(config)
+        self.info = self._driver.info
+        self._new_tokens = options.new_tokens
 
     def run(self, prompts: list[list[int]], choice: list[int | None]) -> Timing:
         """Run one batch: prompts[i] through adapter choice[i], None for the base."""
-        began = time.perf_counter()
-        waiting = set()
-        for index, (prompt, chosen) in enumerate(zip(prompts, choice, strict=True)):
-            waiting.add(str(index))
-            self.engine.add(self._request(str(index), prompt, chosen))
-        prefill_s = 0.0
-        while self.engine.has_work:
-            _sleep_if_stalled(self.engine)
-            for output in self.engine.step():
-                assert output.error is None, output.error
-                waiting.discard(output.request_id)
-            if not waiting and not prefill_s:
-                prefill_s = time.perf_counter() - began
-        return Timing(prefill_s, time.perf_counter() - began)
-
-    def _request(self, request_id: str, prompt: list[int], chosen: int | None) -> Request:
-        return Request(
-            request_id=request_id,
-            prompt_ids=prompt,
-            sampling=self._sampling,
-            adapter=None if chosen is None else self._adapters[chosen],
-            tenant="",
-            arrival_time=time.monotonic(),
-            seed=0,
-        )
+        for prompt, chosen in zip(prompts, choice, strict=True):
+            adapter = None if chosen is None else self._adapters[chosen]
+            self._driver.add(adapter, prompt, self._new_tokens)
+        trace = self._driver.run()
+        return Timing(trace.prefill_s, trace.seconds)
 
 
 System = TurnoutSystem | PeftBaseline | HttpSystem
@@ -231,9 +208,3 @@ def _compared(row: Row, beside: Row) -> list[str]:
     if beside.system == HttpSystem.name:
         ratio = 1 / ratio
     return [f"{beside.total_tok_s:,.0f}", f"{ratio:.2f}"]
-
-
-def _sleep_if_stalled(engine: Engine) -> None:
-    """Leave the loader thread the machine while nothing can run."""
-    if engine.is_stalled:
-        time.sleep(0.001)

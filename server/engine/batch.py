@@ -1,5 +1,7 @@
 """A step's requests flattened into tensors."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from server.engine.adapter_cache import AdapterCache
@@ -7,6 +9,9 @@ from server.engine.scheduler import Plan, Scheduled
 from server.kernels.lora import LoraStep, rows_index
 from server.kernels.paged_attention import AttentionStep, DecodeRows, PrefillChunk
 from server.model.decoder import ModelInput
+from server.model.gpu_step import KNOWN
+
+Int64Array = npt.NDArray[np.int64]
 
 
 def build_input(
@@ -17,16 +22,11 @@ def build_input(
 ) -> ModelInput:
     """Lay out every token of a step: decode rows first, then prompt chunks, each end to end."""
     device = last_tokens.device
-    positions = [p for part in plan.parts for p in range(part.start, part.stop)]
-    slots = [
-        part.request.block_table[p // block_size] * block_size + p % block_size
-        for part in plan.parts
-        for p in range(part.start, part.stop)
-    ]
+    positions, slots = positions_and_slots(plan, block_size)
     return ModelInput(
         token_ids=_token_ids(plan, last_tokens),
-        positions=_int64(positions, device),
-        slot_mapping=_int64(slots, device),
+        positions=torch.from_numpy(positions).to(device, non_blocking=True),
+        slot_mapping=torch.from_numpy(slots).to(device, non_blocking=True),
         attention=_attention(plan, block_size, device),
         lora=_lora(plan, adapters, device),
         logits_rows=_int64(logits_rows(plan), device),
@@ -50,20 +50,47 @@ def logits_rows(plan: Plan) -> list[int]:
     return rows
 
 
-def _token_ids(plan: Plan, last_tokens: torch.Tensor) -> torch.Tensor:
-    """Known tokens come from the host; a pending one (at most a part's last) from the device."""
+def tokens_and_sources(plan: Plan) -> tuple[list[int], list[int]]:
+    """The step's tokens, and KNOWN or, for a pending one, the state row that has it on the device.
+
+    A pending token, at most a part's last, is 0 here.
+    """
     token_ids: list[int] = []
-    pending_at: list[int] = []
-    state_rows: list[int] = []
+    sources: list[int] = []
     for part in plan.parts:
         num_known = min(part.stop, part.request.num_known_tokens)
         token_ids.extend(part.request.known_tokens(part.start, num_known))
+        sources.extend([KNOWN] * (num_known - part.start))
         if num_known < part.stop:
-            pending_at.append(len(token_ids))
-            state_rows.append(part.request.state_row)
             token_ids.append(0)
+            sources.append(part.request.state_row)
+    return token_ids, sources
+
+
+def positions_and_slots(plan: Plan, block_size: int) -> tuple[Int64Array, Int64Array]:
+    """Where each token stands in its request, and where its keys and values go.
+
+    A slot is block * block_size + offset.
+    """
+    decoded = [(part.start, part.request.block_table) for part in plan.decodes]
+    positions = [np.array([at for at, _ in decoded], np.int64)]
+    slots = [np.array([table[at // block_size] for at, table in decoded], np.int64)]
+    for part in plan.chunks:
+        at = np.arange(part.start, part.stop)
+        table = np.array(part.request.block_table[: -(-part.stop // block_size)], np.int64)
+        positions.append(at)
+        slots.append(table[at // block_size])
+    everywhere = np.concatenate(positions)
+    return everywhere, np.concatenate(slots) * block_size + everywhere % block_size
+
+
+def _token_ids(plan: Plan, last_tokens: torch.Tensor) -> torch.Tensor:
+    """Known tokens come from the host; pending ones from the device."""
+    token_ids, sources = tokens_and_sources(plan)
     on_device = _int64(token_ids, last_tokens.device)
+    pending_at = [at for at, source in enumerate(sources) if source != KNOWN]
     if pending_at:
+        state_rows = [sources[at] for at in pending_at]
         at, rows = (_int64(values, last_tokens.device) for values in (pending_at, state_rows))
         on_device[at] = last_tokens[rows]
     return on_device

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from server.kernels import lora_gpu, nf4_linear
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
-from server.kernels.nf4_pack import NF4LinearWeight, pack
+from server.kernels.nf4_pack import PackedWeight, pack
 
 LAYERS = 32
 GROUPS = (  # outputs of each sublinear; inputs
@@ -46,7 +46,7 @@ class Linear:
     """One fused group of one layer, with its LoRA banks."""
 
     group: int
-    weight: NF4LinearWeight
+    weight: PackedWeight
     a_bank: torch.Tensor
     b_bank: torch.Tensor
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from server.kernels.staging import HostBuffers, positions
+
 MAX_SPLITS = 32  # work items of a decode row
 SPLIT_KEYS = 128  # keys of a work item; doubled until a row has no more than MAX_SPLITS items
 TILE_ROWS = 128  # queries of a prefill tile: tokens times the query heads that share a KV head
@@ -16,8 +18,6 @@ FIRST, COUNT, POSITION = range(3)  # in a tile; TABLE is where an item has it
 
 # First token in the step, num_tokens, tokens of context before them, block table.
 Chunk = tuple[int, int, int, list[int]]
-
-_HOST_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
 
 
 class AttentionGpuStep:
@@ -73,11 +73,7 @@ class AttentionGpuStep:
         self.part_values = torch.zeros((self.max_items, num_heads, head_dim), device=device)
         self.part_sums = torch.zeros((self.max_items, 2, num_heads), device=device)
         self.num_done = torch.zeros((max_decodes, num_kv_heads), dtype=torch.int32, device=device)
-        self._host_buffers = [
-            torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(_HOST_BUFFERS)
-        ]
-        self._next_host_buffer = 0
+        self._host_buffers = HostBuffers((total,), device)
         # Each decode row's table as it was last seen: converting those that grew is enough.
         self._tables: list[tuple[list[int], np.ndarray]] = [
             ([], np.zeros(0, np.int32)) for _ in range(max_decodes)
@@ -119,8 +115,7 @@ class AttentionGpuStep:
         tiles[:, TABLE] = starts[num_decodes + tiles[:, TABLE]]
         end = tables_at + int(sizes.sum())
 
-        pinned = self._host_buffers[self._next_host_buffer]
-        self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
+        pinned = self._host_buffers.next()
         host = pinned.numpy()
         host[:4] = len(items), len(tiles), num_decodes, num_tokens
         host[self.tiles_at : self.tiles_at + tiles.size] = tiles.ravel()
@@ -158,7 +153,7 @@ class AttentionGpuStep:
             split[has_many] *= 2
         count = last // split - first // split + 1
         row = np.repeat(np.arange(len(lengths)), count)
-        begin = (first // split)[row] + _positions(count)
+        begin = (first // split)[row] + positions(count)
         items = np.zeros((len(row), RECORD), np.int32)
         items[:, ROW] = row
         items[:, START] = np.maximum(begin * split[row], first[row])
@@ -174,7 +169,7 @@ class AttentionGpuStep:
         first, num_tokens, context = spans.T
         repeats = -(-num_tokens // self.tile_tokens)
         chunk = np.repeat(np.arange(len(spans)), repeats)
-        skipped = _positions(repeats) * self.tile_tokens
+        skipped = positions(repeats) * self.tile_tokens
         tiles = np.zeros((len(chunk), RECORD), np.int32)
         tiles[:, FIRST] = first[chunk] + skipped
         tiles[:, COUNT] = np.minimum(self.tile_tokens, num_tokens[chunk] - skipped)
@@ -184,10 +179,3 @@ class AttentionGpuStep:
         if self.sliding_window is not None:
             num_keys = np.minimum(num_keys, self.sliding_window + tiles[:, COUNT] - 1)
         return tiles[np.argsort(-num_keys, kind="stable")]
-
-
-def _positions(repeats: np.ndarray) -> np.ndarray:
-    """0, 1, ... up to each of `repeats` in turn, end to end."""
-    starts: np.ndarray = np.repeat(np.cumsum(repeats) - repeats, repeats)
-    positions: np.ndarray = np.arange(len(starts)) - starts
-    return positions

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from server.kernels.staging import HostBuffers, positions
+
 PAGE_ROWS = 8  # rows of the banks in a page
 DECODE_TOKENS = 64  # up to here a step is cut into small items and tiles only
 FINISH_TOKENS = 512  # up to here a step is cut into small tiles too
@@ -17,7 +19,6 @@ _ITEM_PAGES = 2  # and pages
 _RECORD = 12
 # What 64 outputs of a small tile cost expand: with two pages at most, and each two pages more.
 _COST, _MORE_COST, _MAX_COST, _COST_SHIFT = 8, 4, 255, 20
-_HOST_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
 
 
 class LoraGpuStep:
@@ -57,11 +58,7 @@ class LoraGpuStep:
         }
         total = sum(sizes.values())
         self.device_buffer = torch.zeros(total, dtype=torch.int32, device=device)
-        self._host_buffers = [
-            torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(_HOST_BUFFERS)
-        ]
-        self._next_host_buffer = 0
+        self._host_buffers = HostBuffers((total,), device)
         self._filled_with: object = None
         self._offsets: dict[str, int] = {}
         offset = 0
@@ -89,8 +86,7 @@ class LoraGpuStep:
         if content == self._filled_with:
             return
         self._filled_with = content
-        host = self._host_buffers[self._next_host_buffer]
-        self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
+        host = self._host_buffers.next()
         self._write(host.numpy(), np.asarray(adapter_of_token, np.int32), pages, gain_rows)
         self.device_buffer.copy_(host, non_blocking=True)
 
@@ -127,7 +123,7 @@ class LoraGpuStep:
         item_tokens = SMALL_ITEM if num_tokens <= DECODE_TOKENS else LARGE_ITEM
         owner, first, count = _tiles(ends[:-1], item_tokens)
         repeats = -(-num_pages[owner] // _ITEM_PAGES)
-        place = _positions(repeats) * _ITEM_PAGES
+        place = positions(repeats) * _ITEM_PAGES
         owner, first, count = (np.repeat(part, repeats) for part in (owner, first, count))
         items = (table[owner, place], table[owner, place + 1], first, count | place << 16)
         header[0] = len(place)
@@ -170,12 +166,5 @@ def _tiles(ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
     repeats = -(-(ends - starts) // size)
     owner = np.repeat(np.arange(len(ends)), repeats)
-    first = starts[owner] + _positions(repeats) * size
+    first = starts[owner] + positions(repeats) * size
     return owner, first, np.minimum(size, ends[owner] - first)
-
-
-def _positions(repeats: np.ndarray) -> np.ndarray:
-    """0, 1, ... up to each of `repeats` in turn, end to end."""
-    starts: np.ndarray = np.repeat(np.cumsum(repeats) - repeats, repeats)
-    positions: np.ndarray = np.arange(len(starts)) - starts
-    return positions

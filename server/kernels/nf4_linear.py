@@ -19,7 +19,7 @@ from server.kernels.nf4_pack import (
     CHUNK_BYTES,
     CHUNK_IN,
     LEVELS,
-    NF4LinearWeight,
+    PackedWeight,
     SplitK,
     dequantize_reference,
 )
@@ -47,7 +47,7 @@ _SHRINK_PARAMS = STEP_PARAMS + "2P7i3f"  # their ShrinkPart
 _KERNELS = Path(__file__).parent
 
 
-def dequantize(weight: NF4LinearWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+def dequantize(weight: PackedWeight, out: torch.Tensor | None = None) -> torch.Tensor:
     """The matrix in bf16, each weight rounded once: [out, in]."""
     if out is None:
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.packed.device)
@@ -57,7 +57,7 @@ def dequantize(weight: NF4LinearWeight, out: torch.Tensor | None = None) -> torc
     return out
 
 
-def nf4_linear(x: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
+def nf4_linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """Multiply each row by the weight's transpose.
 
         y[t, n] = sum_k x[t, k] * LEVELS[code[n, k]] * absmax[n, k // 64]
@@ -73,7 +73,7 @@ def nf4_linear(x: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
     return reduce(partial_sums(x, weight), weight)
 
 
-def nf4_linear_reference(x: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
+def nf4_linear_reference(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """`nf4_linear` in plain PyTorch."""
     return (x.float() @ dequantize_reference(weight).T).to(x.dtype)
 
@@ -83,13 +83,13 @@ def is_fused(num_tokens: int, device: torch.device) -> bool:
     return num_tokens <= _kernels(device).max_fused_rows
 
 
-def split_of(weight: NF4LinearWeight) -> SplitK:
+def split_of(weight: PackedWeight) -> SplitK:
     """How the matrix's partial sums are laid out in the workspace on this device."""
     return _kernels(weight.packed.device).split(weight)
 
 
 def partial_sums(
-    x: torch.Tensor, weight: NF4LinearWeight, next_weight: NF4LinearWeight | None = None
+    x: torch.Tensor, weight: PackedWeight, next_weight: PackedWeight | None = None
 ) -> torch.Tensor:
     """First half of `nf4_linear`: fp32 sums over parts of the inputs, [slots, num_tokens, out].
 
@@ -106,10 +106,10 @@ def partial_sums(
 
 def partial_sums_and_shrink(
     x: torch.Tensor,
-    weight: NF4LinearWeight,
+    weight: PackedWeight,
     a_bank: torch.Tensor,
     step: LoraGpuStep,
-    next_weight: NF4LinearWeight | None = None,
+    next_weight: PackedWeight | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`partial_sums` and `lora_gpu.shrink` in one launch: the same bits as these two return.
 
@@ -122,7 +122,7 @@ def partial_sums_and_shrink(
     return workspace, h
 
 
-def reduce(workspace: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
+def reduce(workspace: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     """Second half: add the slots, always in the same order. Returns [num_tokens, out] bf16."""
     out = torch.empty(workspace.shape[1:], dtype=torch.bfloat16, device=workspace.device)
     _kernels(workspace.device).reduce(workspace, weight, out)
@@ -256,20 +256,20 @@ class _Kernels:
         )
         self._dequantize = Kernel(module.function("nf4_dequantize"), "PP3i16f", threads=256)
 
-    def split(self, weight: NF4LinearWeight) -> SplitK:
+    def split(self, weight: PackedWeight) -> SplitK:
         tiles, chunks, _ = weight.packed.shape
         return _split(chunks, tiles * chunks, self._num_workers)
 
-    def empty_workspace(self, x: torch.Tensor, weight: NF4LinearWeight) -> torch.Tensor:
+    def empty_workspace(self, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
         shape = (self.split(weight).num_slots, x.shape[0], weight.out_features)
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     def partial_sums(
         self,
         x: torch.Tensor,
-        weight: NF4LinearWeight,
+        weight: PackedWeight,
         workspace: torch.Tensor,
-        next_weight: NF4LinearWeight | None = None,
+        next_weight: PackedWeight | None = None,
         lora: tuple[torch.Tensor, LoraGpuStep, torch.Tensor] | None = None,  # A, step, h to fill
     ) -> None:
         num_tokens = x.shape[0]
@@ -303,7 +303,7 @@ class _Kernels:
             *(() if lora is None else _shrink_params(x, *lora)),
         )
 
-    def reduce(self, workspace: torch.Tensor, weight: NF4LinearWeight, out: torch.Tensor) -> None:
+    def reduce(self, workspace: torch.Tensor, weight: PackedWeight, out: torch.Tensor) -> None:
         split = self.split(weight)
         num_tokens, out_features = out.shape
         self._reduce(
@@ -316,7 +316,7 @@ class _Kernels:
             *split.as_params(),
         )
 
-    def dequantize(self, weight: NF4LinearWeight, out: torch.Tensor) -> None:
+    def dequantize(self, weight: PackedWeight, out: torch.Tensor) -> None:
         tiles, chunks, _ = weight.packed.shape
         self._dequantize(
             (tiles * chunks, 1, 1),

@@ -1,16 +1,13 @@
-"""How an NF4 matrix is laid out for the GPU's linear, and how that work is split."""
+"""How a matrix of 4-bit codes is laid out for the GPU's linear, and how that work is split."""
 
 from dataclasses import dataclass
 
 import torch
 
-GROUP_SIZE = 64  # weights along the inputs that share one absmax
 TILE_OUT = 256
 CHUNK_IN = 128
 _CODE_BYTES = TILE_OUT * CHUNK_IN // 2
-CHUNK_BYTES = _CODE_BYTES + TILE_OUT * CHUNK_IN // GROUP_SIZE * 4
-_ZERO_CODE = 7  # the level that is 0
-_MIN_ABSMAX = 1e-30  # a smaller one counts as 0: the kernel divides by it
+_MIN_SCALE = 1e-30  # a smaller one counts as 0: the kernel divides by it
 
 # bitsandbytes' NF4 grid (QLoRA, arXiv:2305.14314, appendix E).
 LEVELS = (
@@ -22,18 +19,52 @@ LEVELS = (
 
 
 @dataclass(frozen=True, slots=True)
-class NF4LinearWeight:
-    """One matrix [out, in] as the kernel reads it: every chunk's codes, then its absmax.
+class Format:
+    """What a code stands for: levels[code] * scale, with a scale for every `group_size` inputs.
 
-    packed  [tiles, chunks, CHUNK_BYTES]  uint8; a chunk is TILE_OUT outputs x CHUNK_IN inputs.
+    levels     the sixteen values that a code may mean
+    zero_code  the one that is 0
+    """
+
+    name: str
+    group_size: int
+    levels: tuple[float, ...]
+    zero_code: int
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the levels are code - 8, which the kernel computes; others it looks up."""
+        return self.levels == INTEGER_LEVELS
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of TILE_OUT outputs x CHUNK_IN inputs: the codes, then the scales."""
+        return _CODE_BYTES + TILE_OUT * CHUNK_IN // self.group_size * 4
+
+
+INTEGER_LEVELS = tuple(float(level) for level in range(-8, 8))
+NF4 = Format("NF4", 64, LEVELS, zero_code=7)  # a group's scale is its absmax
+INT4 = {size: Format(f"int4 g{size}", size, INTEGER_LEVELS, zero_code=8) for size in (32, 64, 128)}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """One matrix [out, in] as the kernel reads it: every chunk's codes, then its scales.
+
+    packed  [tiles, chunks, format.chunk_bytes]  uint8; a chunk is TILE_OUT outputs x CHUNK_IN
+            inputs.
             codes   [4 x 64 outputs][2 x 64 inputs][4 x 16 outputs][32 lanes][4 x 16 inputs][4]:
-                    the bytes that a lane decodes into the A operand of mma.m16n8k16
-            absmax  [4 x 64 outputs][2 x 64 inputs][4 x 16 outputs][8][2] fp32: rows g and g + 8
+                    the bytes that a lane decodes into the A operand of mma.m16n8k16. A byte is a
+                    pair of neighbouring inputs, the first in the high nibble. Integer levels: nibble
+                    r of the four bytes is the first input of register r, nibble r + 4 the second
+            scales  [4 x 64 outputs][CHUNK_IN / group_size][4 x 16 outputs][8][2] fp32: rows g and
+                    g + 8
     """
 
     packed: torch.Tensor
     out_features: int
     in_features: int
+    format: Format = NF4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,56 +102,81 @@ class SplitK:
         return ((chunk + 1) * self.num_workers - 1) // self.num_chunks
 
 
-def pack(qweight: torch.Tensor, absmax: torch.Tensor) -> NF4LinearWeight:
+def pack(qweight: torch.Tensor, scales: torch.Tensor, format: Format = NF4) -> PackedWeight:
     """Lay a matrix out for the kernel; stack matrices with the same input along `out` first.
 
-    qweight  [out, in / 2]   uint8: two codes a byte, the first weight in the high nibble
-    absmax   [out, in / 64]  fp32
+    qweight  [out, in / 2]           uint8: two codes a byte, the first weight in the high nibble
+    scales   [out, in / group_size]  fp32
     """
     out_features, half_in = qweight.shape
-    in_features = 2 * half_in
-    if in_features % GROUP_SIZE:
+    in_features, group_size = 2 * half_in, format.group_size
+    if in_features % group_size:
         raise ValueError(
-            f"NF4 needs input features in multiples of {GROUP_SIZE}, not {in_features}"
+            f"{format.name} needs input features in multiples of {group_size}, not {in_features}"
         )
-    is_zero = absmax.abs() < _MIN_ABSMAX
-    codes = qweight.view(out_features, -1, GROUP_SIZE // 2)
-    codes = codes.masked_fill(is_zero.unsqueeze(-1), _ZERO_CODE * 0x11).view(out_features, half_in)
-    absmax = absmax.masked_fill(is_zero, 1.0)
+    zeros = format.zero_code * 0x11
+    is_zero = scales.abs() < _MIN_SCALE
+    codes = qweight.view(out_features, -1, group_size // 2)
+    codes = codes.masked_fill(is_zero.unsqueeze(-1), zeros).view(out_features, half_in)
+    scales = scales.masked_fill(is_zero, 1.0)
     tiles, chunks = -(-out_features // TILE_OUT), -(-in_features // CHUNK_IN)
     missing_out, missing_in = tiles * TILE_OUT - out_features, chunks * CHUNK_IN - in_features
-    codes = _padded(codes, missing_out, missing_in // 2, _ZERO_CODE * 0x11)
-    absmax = _padded(absmax.float(), missing_out, missing_in // GROUP_SIZE, 1.0)
+    codes = _padded(codes, missing_out, missing_in // 2, zeros)
+    scales = _padded(scales.float(), missing_out, missing_in // group_size, 1.0)
     # tile, unit, m tile, row half, group; chunk, half, step, column half, quad
     codes = codes.view(tiles, 4, 4, 2, 8, chunks, 2, 4, 2, 4).permute(0, 5, 1, 6, 2, 4, 9, 7, 8, 3)
-    absmax = absmax.view(tiles, 4, 4, 2, 8, chunks, 2).permute(0, 5, 1, 6, 2, 4, 3)
-    packed = torch.empty(tiles, chunks, CHUNK_BYTES, dtype=torch.uint8, device=qweight.device)
-    packed[..., :_CODE_BYTES] = codes.reshape(tiles, chunks, -1)
-    packed[..., _CODE_BYTES:] = absmax.reshape(tiles, chunks, -1).view(torch.uint8)
-    return NF4LinearWeight(packed, out_features, in_features)
+    codes = codes.reshape(tiles, chunks, -1)
+    if format.is_integer:
+        codes = _interleaved(codes)
+    scales = scales.view(tiles, 4, 4, 2, 8, chunks, -1).permute(0, 5, 1, 6, 2, 4, 3)
+    shape = (tiles, chunks, format.chunk_bytes)
+    packed = torch.empty(shape, dtype=torch.uint8, device=qweight.device)
+    packed[..., :_CODE_BYTES] = codes
+    packed[..., _CODE_BYTES:] = scales.reshape(tiles, chunks, -1).view(torch.uint8)
+    return PackedWeight(packed, out_features, in_features, format)
 
 
-def unpack(weight: NF4LinearWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo `pack`: qweight [out, in / 2] uint8 and absmax [out, in / 64] fp32."""
+def unpack(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo `pack`: qweight [out, in / 2] uint8 and scales [out, in / group_size] fp32."""
     out_features, in_features = weight.shape
     tiles, chunks, _ = weight.packed.shape
-    codes = weight.packed[..., :_CODE_BYTES].view(tiles, chunks, 4, 2, 4, 8, 4, 4, 2, 2)
+    codes = weight.packed[..., :_CODE_BYTES]
+    if weight.format.is_integer:
+        codes = _separated(codes)
+    codes = codes.reshape(tiles, chunks, 4, 2, 4, 8, 4, 4, 2, 2)
     codes = codes.permute(0, 2, 4, 9, 5, 1, 3, 7, 8, 6).reshape(tiles * TILE_OUT, -1)
-    absmax = weight.packed[..., _CODE_BYTES:].contiguous().view(torch.float32)
-    absmax = absmax.view(tiles, chunks, 4, 2, 4, 8, 2).permute(0, 2, 4, 6, 5, 1, 3)
-    absmax = absmax.reshape(tiles * TILE_OUT, -1)
+    scales = weight.packed[..., _CODE_BYTES:].contiguous().view(torch.float32)
+    scales = scales.view(tiles, chunks, 4, -1, 4, 8, 2).permute(0, 2, 4, 6, 5, 1, 3)
+    scales = scales.reshape(tiles * TILE_OUT, -1)
     return (
         codes[:out_features, : in_features // 2].contiguous(),
-        absmax[:out_features, : in_features // GROUP_SIZE].contiguous(),
+        scales[:out_features, : in_features // weight.format.group_size].contiguous(),
     )
 
 
-def dequantize_reference(weight: NF4LinearWeight) -> torch.Tensor:
+def dequantize_reference(weight: PackedWeight) -> torch.Tensor:
     """The matrix in fp32, in plain PyTorch: [out, in]."""
-    qweight, absmax = unpack(weight)
+    qweight, scales = unpack(weight)
     codes = torch.stack((qweight >> 4, qweight & 15), dim=-1).int()
-    levels = torch.tensor(LEVELS, device=qweight.device)
-    return (levels[codes].view(*absmax.shape, GROUP_SIZE) * absmax.unsqueeze(-1)).flatten(1)
+    levels = torch.tensor(weight.format.levels, device=qweight.device)
+    group_size = weight.format.group_size
+    return (levels[codes].view(*scales.shape, group_size) * scales.unsqueeze(-1)).flatten(1)
+
+
+def _interleaved(codes: torch.Tensor) -> torch.Tensor:
+    """Four bytes of pairs to the nibbles of their firsts, then of their seconds."""
+    pairs = codes.unflatten(-1, (-1, 2, 2))  # word, two registers, the one and the other
+    one, other = pairs[..., 0], pairs[..., 1]
+    firsts, seconds = (one >> 4) | (other & 0xF0), (one & 0x0F) | (other << 4)
+    return torch.stack((firsts, seconds), dim=-2).flatten(-3)
+
+
+def _separated(codes: torch.Tensor) -> torch.Tensor:
+    """Undo `_interleaved`."""
+    words = codes.unflatten(-1, (-1, 2, 2))
+    firsts, seconds = words[..., 0, :], words[..., 1, :]
+    one, other = (firsts << 4) | (seconds & 0x0F), (firsts & 0xF0) | (seconds >> 4)
+    return torch.stack((one, other), dim=-1).flatten(-3)
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int, value: float) -> torch.Tensor:

@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from server.kernels.staging import HostBuffers
+
 NO_STATE_ROW = -1  # of a padding row
 
 # One row's record. The kernel reads it as 32-bit words in this order.
@@ -28,8 +30,6 @@ ROW = np.dtype(
 BIAS = np.dtype([("token_id", np.int32), ("bias", np.float32)])  # to add to one token's logit
 ROW_WORDS, BIAS_WORDS = ROW.itemsize // 4, BIAS.itemsize // 4
 
-_HOST_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
-
 
 class SamplerGpuStep:
     """The records of one step's rows, then their biases, where the kernel reads them.
@@ -49,11 +49,7 @@ class SamplerGpuStep:
         self._buffer = torch.full((num_words,), NO_STATE_ROW, dtype=torch.int32, device=device)
         self.rows = self._buffer[:num_row_words].view(max_rows, ROW_WORDS)
         self.biases = self._buffer[num_row_words:].view(max_biases, BIAS_WORDS)
-        self._host_buffers = [
-            torch.zeros(num_words, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(_HOST_BUFFERS)
-        ]
-        self._next_host_buffer = 0
+        self._host_buffers = HostBuffers((num_words,), device)
         self._filled_with = (b"", b"")
 
     def fill(
@@ -89,8 +85,7 @@ class SamplerGpuStep:
             self._copy(padded.view(np.int32), together)
 
     def _copy(self, rows: npt.NDArray[np.int32], biases: npt.NDArray[np.int32]) -> None:
-        host = self._host_buffers[self._next_host_buffer]
-        self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
+        host = self._host_buffers.next()
         words = host.numpy()
         words[: len(rows)] = rows
         end = len(rows)

@@ -29,7 +29,7 @@ from server.kernels.nf4_linear import (
     partial_sums_and_shrink,
     split_of,
 )
-from server.kernels.nf4_pack import NF4LinearWeight, SplitK
+from server.kernels.nf4_pack import PackedWeight, SplitK
 from server.kernels.paged_attention_gpu import paged_attention_gpu
 from server.model.adapter_bank import AdapterBank
 from server.model.gpu_step import GpuStep, StepShape
@@ -198,7 +198,7 @@ class _Forward:
         return heads.flatten(1)
 
     def _start(
-        self, index: int, group: str, x: torch.Tensor, next_weight: NF4LinearWeight
+        self, index: int, group: str, x: torch.Tensor, next_weight: PackedWeight
     ) -> _Unfinished:
         linear = self._layers[index].linears[group]
         split = split_of(linear.weight)

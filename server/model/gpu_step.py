@@ -9,6 +9,7 @@ import torch
 from server.kernels.attention_step import AttentionGpuStep
 from server.kernels.lora_gpu import RotaryStep
 from server.kernels.lora_step import LoraGpuStep
+from server.kernels.staging import HostBuffers
 from server.model.spec import ModelSpec
 
 KNOWN = -1  # a token that the host knows; else the state row whose newest token it is
@@ -18,7 +19,6 @@ _PER_TOKEN = ("token_ids", "sources", "positions", "tables", "slots", "logits_ro
 # Logits are computed for multiples of so many rows: cuBLAS sums in another order for another number
 # of rows, and a token must not depend on how many neighbours it has.
 _LOGITS_ROWS = 64
-_HOST_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,7 @@ class GpuStep:
         )
         shape = (len(_PER_TOKEN), max_tokens)
         self._buffer = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._host_buffers = [
-            torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-            for _ in range(_HOST_BUFFERS)
-        ]
-        self._next_host_buffer = 0
+        self._host_buffers = HostBuffers(shape, device)
         self.token_ids, self.sources, positions, tables, slots, self.logits_rows = self._buffer
         self._per_token = (positions, tables, slots)
 
@@ -113,8 +109,7 @@ class GpuStep:
         """Describe the next step's tokens; the copy is queued on the current stream."""
         assert len(token_ids) <= shape.num_tokens <= self.max_tokens, "too many tokens"
         assert len(logits_rows) <= shape.num_logits <= self.max_tokens, "too many logits"
-        pinned = self._host_buffers[self._next_host_buffer]
-        self._next_host_buffer = (self._next_host_buffer + 1) % _HOST_BUFFERS
+        pinned = self._host_buffers.next()
         end = max(shape.num_tokens, shape.num_logits)
         host = pinned.numpy()[:, :end]
         host[:] = 0

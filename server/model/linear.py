@@ -44,7 +44,7 @@ class NF4Linear:
     row_norms_squared  [out] fp32, as in Linear
     """
 
-    weight: nf4_pack.NF4LinearWeight
+    weight: nf4_pack.PackedWeight
     out_splits: tuple[int, ...]
     row_norms_squared: torch.Tensor
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-from server.__main__ import settle_heap
+from server.engine.latency import settle_heap
 from tests.deploy.traffic import busy_metrics
 from tests.server.api.harness import BASE, Script, Server, serving
 

@@ -11,9 +11,9 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from server.__main__ import settle_heap
 from server.api import exposition, health
 from server.api.exposition import render
+from server.engine.latency import settle_heap
 from server.engine.messages import AdapterEvent
 from server.metrics import Metrics
 from tests.deploy.bench_scrape import NUM_STREAMS, largest_gap_s

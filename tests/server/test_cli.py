@@ -162,11 +162,18 @@ def test_the_gpus_table_is_asked_for_by_name(
     fake_module: Callable[..., None], turnout: Turnout, tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    fake_module(
-        "server.bench.gpu_table", run=lambda file, *, num_popular: seen.append((file, num_popular))
-    )
-    turnout("bench", "--gpu-table", "--json", tmp_path / "t.json", "--popular", 1000)
-    assert seen == [(tmp_path / "t.json", 1000)]
+    fake_module("server.bench.gpu_table", run=seen.append)
+    turnout("bench", "--gpu-table", "--json", tmp_path / "t.json")
+    assert seen == [tmp_path / "t.json"]
+
+
+def test_popularity_is_asked_for_by_the_number_of_adapters(
+    fake_module: Callable[..., None], turnout: Turnout, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    fake_module("server.bench.popularity", run=lambda *given: seen.append(given))
+    turnout("bench", "--popular", 1000, "--seconds", 60, "--json", tmp_path / "t.json")
+    assert seen == [(1000, 60.0, tmp_path / "t.json")]
 
 
 def test_bench_passes_its_options_on(

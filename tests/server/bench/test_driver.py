@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from server.bench.driver import Driver, Trace, p99
-from server.config import CacheConfig
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
 
 
 def test_a_step_counts_only_beside_another_that_served_the_whole_batch_too() -> None:
@@ -14,6 +14,7 @@ def test_a_step_counts_only_beside_another_that_served_the_whole_batch_too() -> 
 def test_first_tokens_and_gaps_are_taken_by_request() -> None:
     trace = Trace(began=1.0, times={"a": [1.01, 1.02, 1.05], "b": [1.03], "c": [1.0, 1.001]})
     assert trace.first_token_ms() == pytest.approx((10 + 30 + 0) / 3)
+    assert trace.prefill_s == pytest.approx(0.03)
     assert trace.gaps_ms(["a", "b", "c"]) == pytest.approx([1, 10, 30])
 
 
@@ -26,8 +27,13 @@ def test_every_request_gives_its_tokens_and_a_hook_sees_each_step(
     tiny_base: Path, tmp_path: Path
 ) -> None:
     cache = CacheConfig(num_blocks=64, prefix_caching=False)
-    driver = Driver(tiny_base, tmp_path / "store", cache, 64, device="cpu")
-    requests = [driver.add(None, 5, 4), driver.add(None, 9, 3)]
+    config = Config(
+        model=ModelConfig(path=tiny_base, device="cpu"),
+        cache=cache,
+        adapters=AdapterConfig(store=tmp_path / "store", bank_rows=64),
+    )
+    driver = Driver(config)
+    requests = [driver.add(None, [5, 6, 7], 4), driver.add_random(None, 9, 3)]
     seen: list[int] = []
     trace = driver.run(lambda seconds, outputs: seen.append(len(outputs)))
     assert [len(trace.times[request]) for request in requests] == [4, 3]

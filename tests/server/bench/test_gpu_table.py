@@ -1,4 +1,4 @@
-"""The table of a GPU, its measurements replaced: what is printed and written down."""
+"""The tables of a GPU, their measurements replaced: what is printed and written down."""
 
 import json
 from collections.abc import Iterator
@@ -8,25 +8,22 @@ import pytest
 import torch
 
 from server.bench import gpu_table
-from server.bench.gpu_table import MIXED_RANKS, RANK, Figure
+from server.bench.figures import Figure
+from server.bench.gpu_table import MIXED_RANKS, RANK
 
 
 def test_each_figure_is_printed_as_it_comes_and_all_are_written_down(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[int] = []
-
-    def figures(root: Path, num_popular: int) -> Iterator[Figure]:
+    def figures(root: Path) -> Iterator[Figure]:
         assert root.is_dir()
-        asked.append(num_popular)
         yield Figure("decode step, batch 1", 2.5, "ms", 1.3, "400 tok/s")
         yield Figure("prefill", 0.4, "s")
 
     monkeypatch.setattr(gpu_table, "_figures", figures)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    found = gpu_table.run(tmp_path / "table.json", num_popular=7)
+    found = gpu_table.run(tmp_path / "table.json")
 
-    assert asked == [7]
     assert [figure.value for figure in found] == [2.5, 0.4]
     shown = capsys.readouterr().out
     assert "decode step, batch 1: 2.500 ms 400 tok/s" in shown

@@ -5,7 +5,7 @@ import torch
 from adapters.registry import Registry
 from server.adapter_admin import base_shape
 from server.api.tokenizer import TextCodec
-from server.bench.reference import save_adapters, save_reference_base
+from server.bench.reference import register_adapters, save_reference_base
 from server.config import ModelConfig
 from server.model.loader import Checkpoint
 from server.model.spec import FUSED, read_spec
@@ -39,10 +39,11 @@ def test_the_reference_has_every_tensor_of_a_mistral_and_a_word_for_each_token(
 
 def test_its_adapters_have_the_ranks_asked_for_and_digests_of_their_own(tmp_path: Path) -> None:
     spec = save_reference_base(tmp_path / "base", torch.device("cpu"), **SMALL)
-    folders = save_adapters(tmp_path / "adapters", spec, [4, 4, 16])
-    shape = base_shape(ModelConfig(path=tmp_path / "base"))
-    registry = Registry.open(tmp_path / "store", shape)
-    pushed = [registry.push(f"a{index}", folder) for index, folder in enumerate(folders)]
+    refs = register_adapters(tmp_path / "store", tmp_path / "base", spec, [4, 4, 16])
+    assert [ref.num_rank_rows for ref in refs] == [4, 4, 16]
+    assert len({ref.digest for ref in refs}) == 3
+    registry = Registry.open(tmp_path / "store", base_shape(ModelConfig(path=tmp_path / "base")))
+    assert [registry.lease(f"a{index}").revision.digest for index in range(3)] == [
+        ref.digest for ref in refs
+    ]
     registry.close()
-    assert [revision.num_rank_rows for revision in pushed] == [4, 4, 16]
-    assert len({revision.digest for revision in pushed}) == 3

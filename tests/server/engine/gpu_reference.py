@@ -14,7 +14,7 @@ from server.kernels import fused
 from server.kernels.attention_step import AttentionGpuStep
 from server.kernels.lora_gpu import InputNorm, add_lora_reference
 from server.kernels.lora_step import LoraGpuStep
-from server.kernels.nf4_pack import NF4LinearWeight, dequantize_reference
+from server.kernels.nf4_pack import PackedWeight, dequantize_reference
 from server.kernels.paged_attention import AttentionStep, DecodeRows, PrefillChunk, paged_attention
 from server.model import gpu_decoder, gpu_loader
 
@@ -56,7 +56,7 @@ def remember(fill: Any) -> Any:
     return remembering
 
 
-def dequantize(weight: NF4LinearWeight, out: torch.Tensor) -> torch.Tensor:
+def dequantize(weight: PackedWeight, out: torch.Tensor) -> torch.Tensor:
     return out.copy_(dequantize_reference(weight))
 
 
@@ -65,17 +65,17 @@ def embed_gpu(token_ids: torch.Tensor, embedding: torch.Tensor, weight: torch.Te
     return x, x * weight, x.square().sum(dim=1, keepdim=True)
 
 
-def partial_sums(x: torch.Tensor, weight: NF4LinearWeight, following: NF4LinearWeight) -> Any:
+def partial_sums(x: torch.Tensor, weight: PackedWeight, following: PackedWeight) -> Any:
     assert following.in_features > 0
     return (x @ dequantize_reference(weight).T)[None]
 
 
 def partial_sums_and_shrink(
     x: torch.Tensor,
-    weight: NF4LinearWeight,
+    weight: PackedWeight,
     a_bank: torch.Tensor,
     step: LoraGpuStep,
-    following: NF4LinearWeight,
+    following: PackedWeight,
 ) -> Any:
     return partial_sums(x, weight, following), shrink(x, a_bank, step)
 

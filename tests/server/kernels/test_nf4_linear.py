@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.kernels import nf4_linear, nf4_pack, nvrtc
-from server.kernels.nf4_pack import LEVELS, NF4LinearWeight, SplitK
+from server.kernels.nf4_pack import LEVELS, PackedWeight, SplitK
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -68,7 +68,7 @@ class TestLayout:
 
     def test_padding_decodes_to_zero(self) -> None:
         weight = nf4_pack.pack(*random_matrix(72, 64))
-        whole = NF4LinearWeight(weight.packed, 256, 128)
+        whole = PackedWeight(weight.packed, 256, 128)
         dequantized = nf4_pack.dequantize_reference(whole)
         assert dequantized[72:].count_nonzero() == 0
         assert dequantized[:, 64:].count_nonzero() == 0

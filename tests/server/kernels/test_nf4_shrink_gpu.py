@@ -8,7 +8,7 @@ import torch
 
 from server.kernels import lora_gpu, lora_launch, nf4_linear, nf4_pack, nvrtc
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
-from server.kernels.nf4_pack import NF4LinearWeight
+from server.kernels.nf4_pack import PackedWeight
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -74,7 +74,7 @@ class TestParameters:
 class Case:
     """A linear, and A of adapters over it, their pages scattered; NaN in the rows of nobody."""
 
-    weight: NF4LinearWeight
+    weight: PackedWeight
     a_bank: torch.Tensor
     pages: list[list[int]]
 
