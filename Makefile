@@ -14,8 +14,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+QUANTIZER := .turnout/tools/quantizer
 
-.PHONY: help setup base serve train loadtest test test-slow test-all test-gpu check format clean
+.PHONY: help setup base serve train quantizer loadtest test test-slow test-all test-gpu check format clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -48,6 +49,20 @@ serve: base ## serve the default base and two example adapters on 127.0.0.1:8000
 train: base ## train an adapter on 64 example rows and register it as capital-tags
 	@$(BIN)/turnout train --config training/example/train.yaml --out .turnout/trained/capital-tags \
 		--overwrite --register capital-tags $(ARGS)
+
+quantizer: $(QUANTIZER)/.installed ## make the environment in which `turnout quantize` runs its libraries
+
+# Over .venv, whose torch and transformers it sees: GPTQModel's numpy is another one than ours.
+$(QUANTIZER)/.installed: requirements-quantizer.txt constraints.txt | $(INSTALLED)
+	@rm -rf $(QUANTIZER)
+	@$(BIN)/python -m venv $(QUANTIZER)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(QUANTIZER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/turnout.pth"
+	@echo "Installing the quantizers, half a minute"
+	@grep -v '^numpy==' constraints.txt > $(QUANTIZER)/constraints.txt
+	@$(QUANTIZER)/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts -qq \
+		--constraint $(QUANTIZER)/constraints.txt --requirement requirements-quantizer.txt
+	@touch $@
 
 loadtest: base ## load a server of 20 adapters for a minute; .turnout/loadtest/report.html
 	@$(BIN)/turnout loadtest demo $(ARGS)

@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from adapters.manifest import AdapterNotFound, show
+from adapters.rope import RopeScaling
 
+HALF_LIFE_S = 6 * 3600.0  # of popularity
 _MODEL = re.compile(r"(?P<name>[^@]+)(?:@(?P<number>[1-9][0-9]{0,8}))?")
 
 
@@ -31,6 +33,7 @@ class Revision:
     base_digest: str  # of the base it was checked against
     base_fingerprint: str  # of that base's shapes
     source: dict[str, Any]  # where it came from; changes no answer
+    rope: RopeScaling | None = None  # None: the base's own
 
     @property
     def id(self) -> str:
@@ -47,6 +50,24 @@ class Adapter:
     pinned: bool
     created: float  # unix seconds
     num_revisions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a digest has served."""
+
+    tokens: int = 0  # ever
+    recent: float = 0.0  # each counted less the longer ago it was: half after HALF_LIFE_S
+    as_of: float = 0.0  # unix seconds; what `recent` was then
+
+    def recent_at(self, now: float) -> float:
+        """`recent` as it has come to be by now."""
+        age_s = max(now - self.as_of, 0.0)  # a clock that was set back makes nothing grow
+        return float(self.recent * 0.5 ** (age_s / HALF_LIFE_S))
+
+    def plus(self, tokens: int, now: float) -> "Usage":
+        """The same with tokens served now."""
+        return Usage(self.tokens + tokens, self.recent_at(now) + tokens, now)
 
 
 @dataclass(slots=True)

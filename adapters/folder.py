@@ -4,11 +4,13 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.manifest import AdapterNotFound, AdapterRefused, BaseShape, show
+from adapters.mismatch import find_mismatches
+from adapters.rope import RopeScaling
 from adapters.strict_json import parse_json_object
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,6 +27,7 @@ class Sidecar:
     rope: dict[str, Any] | None = None
     chat_template: str | None = None
     training: dict[str, Any]
+    mismatches: dict[str, str] = field(default_factory=dict)  # what the pusher chose to overlook
 
 
 @contextlib.contextmanager
@@ -57,8 +60,12 @@ def read_small(folder: Path, name: str) -> bytes:
     return text
 
 
-def read_sidecar(folder: Path, base: BaseShape) -> Sidecar:
-    """Read turnout.json where there is one: {"format": 1, "rope", "chat_template", "training"}."""
+def read_sidecar(folder: Path, base: BaseShape, *, allow_mismatch: bool = False) -> Sidecar:
+    """Read turnout.json where there is one: {"format": 1, "rope", "chat_template", "training"}.
+
+    An adapter that was trained on another base, template or tokenizer is refused, unless
+    `allow_mismatch` says that whoever pushes it knows.
+    """
     if not (folder / SIDECAR_FILE).exists():
         return Sidecar(training={})
     fields = parse_json_object(read_small(folder, SIDECAR_FILE), SIDECAR_FILE)
@@ -68,12 +75,33 @@ def read_sidecar(folder: Path, base: BaseShape) -> Sidecar:
         raise AdapterRefused("format", f"of {SIDECAR_FILE} is {show(fields.get('format'))}, not 1")
     rope, template = fields.get("rope"), fields.get("chat_template")
     training = fields.get("training") or {}
-    if rope is not None and rope != base.rope:
-        raise AdapterRefused("rope", f"{show(rope)} is not the base's ({show(dict(base.rope))})")
     if template is not None and not (
         isinstance(template, str) and 0 < len(template) <= MAX_TEMPLATE_CHARS
     ):
         raise AdapterRefused("chat_template", f"is not a text of up to {MAX_TEMPLATE_CHARS} chars")
     if not isinstance(training, dict):
         raise AdapterRefused("training", f"{show(training)} is not an object")
-    return Sidecar(rope=rope, chat_template=template, training=training)
+    mismatches = find_mismatches(training, template, base)
+    for name, difference in mismatches.items():
+        if not allow_mismatch:
+            raise AdapterRefused(name, f"{difference}; allow_mismatch takes it as it is")
+    return Sidecar(
+        rope=_rope(rope, base), chat_template=template, training=training, mismatches=mismatches
+    )
+
+
+def _rope(rope: object, base: BaseShape) -> dict[str, Any] | None:
+    """RoPE settings in their one spelling: the base's own, or a scaling that is served."""
+    if rope is None:
+        return None
+    if not isinstance(rope, dict):
+        raise AdapterRefused("rope", f"{show(rope)} is not an object")
+    if rope == base.rope:
+        return rope
+    kind = base.rope.get("rope_type", "default")
+    if kind != "default":
+        raise AdapterRefused("rope", f"{show(rope)} is not the base's, which has {kind} scaling")
+    theta = float(base.rope.get("rope_theta", 10000.0))
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        raise AdapterRefused("rope", f"{show(rope)} is not the base's ({show(dict(base.rope))})")
+    return RopeScaling.read(rope, theta=theta).as_parameters(theta)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -59,6 +59,17 @@ def show(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
+class BaseText(Protocol):
+    """The base's tokenizer and chat template."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """What renders chats, unless an adapter brings its own."""
+
+    def prompt_ids(self, messages: list[dict[str, str]], template: str | None) -> list[int]:
+        """Tokens of a chat request. Raises AdapterRefused where the template refuses it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseShape:
     """The base that adapters must fit."""
@@ -69,10 +80,17 @@ class BaseShape:
     linears: Mapping[str, tuple[int, int]]  # "self_attn.q_proj" -> (out, in), in LINEARS' order
     aliases: frozenset[str] = frozenset()  # what adapter configs may call this base
     rope: Mapping[str, Any] = field(default_factory=dict)
+    text: BaseText | None = None  # what adapters' prompts are compared with
 
     @classmethod
     def from_config(
-        cls, path: Path, name: str, digest: str, *, aliases: frozenset[str] = frozenset()
+        cls,
+        path: Path,
+        name: str,
+        digest: str,
+        *,
+        aliases: frozenset[str] = frozenset(),
+        text: BaseText | None = None,
     ) -> "BaseShape":
         """Read `config.json` of the Mistral or Llama checkpoint in folder `path`."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -88,6 +106,7 @@ class BaseShape:
             linears=_linear_shapes(config),
             aliases=frozenset(known),
             rope=_rope(config),
+            text=text,
         )
 
     def is_called(self, declared: str) -> bool:
@@ -177,7 +196,7 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True):
     modules: tuple[ModuleEntry, ...]  # by layer, then in LINEARS' order
     num_parameters: int
     num_bytes: int  # of the tensors
-    rope: dict[str, Any] | None = None  # as trained; equal to the base's, or the adapter is refused
+    rope: dict[str, Any] | None = None  # as trained: the base's, or linear or yarn scaling of it
     chat_template: str | None = None  # to use in place of the base's
 
     @property

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.catalog import Adapter, Catalog, Entry, Lease, Revision
+from adapters.artifacts import ArtifactStore
+from adapters.catalog import Adapter, Catalog, Entry, Lease, Revision, Usage
 from adapters.manifest import (
     AdapterConflict,
     AdapterManifest,
@@ -25,6 +26,7 @@ from adapters.manifest import (
     Limits,
     show,
 )
+from adapters.rope import scaling_of
 from adapters.rows import Rows
 from adapters.store import StagedObject, Store
 
@@ -68,6 +70,7 @@ class Registry:
         self._writing = threading.Lock()  # one writer of rows and objects
         self._catalog = Catalog()
         self._lost: set[str] = set()  # digests whose object somebody took out of the store
+        self.artifacts = ArtifactStore(store.root)  # what revisions were promoted to
         self._rows = Rows(store.root / "registry.sqlite")
         self._load()
 
@@ -91,6 +94,16 @@ class Registry:
         except BaseException:
             store.close()
             raise
+
+    @property
+    def root(self) -> Path:
+        """The store's folder."""
+        return self._store.root
+
+    @property
+    def base_digest(self) -> str | None:
+        """What adapters are checked against; None where nothing can be pushed."""
+        return None if self._base is None else self._base.digest
 
     def close(self) -> None:
         """Close rows and store. Objects that leases still hold are swept by the next open."""
@@ -152,18 +165,21 @@ class Registry:
         publish: bool = True,
         replace: bool = True,
         idempotency_key: str | None = None,
+        allow_mismatch: bool = False,
     ) -> Revision:
         """Validate the adapter in `folder`, store it, register it as a revision of `name`.
 
         Content that `name` has had before gives that revision again. With `replace` off, a name
         that exists is an AdapterConflict; so is an idempotency key used for another request.
+        `allow_mismatch` takes an adapter whose turnout.json names another base, chat template or
+        tokens than this base's, and notes what differs.
         """
         self._check_name(name)
         if idempotency_key is not None and not KEY.fullmatch(idempotency_key):
             raise AdapterRefused("Idempotency-Key", "is not 1 to 255 printable ASCII characters")
         if self._base is None:
             raise AdapterRefused("base", "none was given, so no adapter can be checked")
-        staged = self._store.stage(folder, self._base, self._limits)
+        staged = self._store.stage(folder, self._base, self._limits, allow_mismatch=allow_mismatch)
         try:
             with self._writing:
                 return self._register(name, staged, publish, replace, idempotency_key)
@@ -216,13 +232,21 @@ class Registry:
     def usage(self) -> dict[str, int]:
         """Tokens served so far, by digest."""
         with self._writing:
+            return {digest: usage.tokens for digest, usage in self._rows.usage().items()}
+
+    def popularity(self) -> dict[str, Usage]:
+        """Tokens served by digest, ever and lately."""
+        with self._writing:
             return self._rows.usage()
 
     def add_usage(self, tokens: Mapping[str, int]) -> None:
         """Count tokens served per digest. One synced write: call it every few seconds."""
+        now = time.time()
         with self._writing, self._rows.transaction():
+            known = self._rows.usage()
             for digest in tokens.keys() & self._catalog.digests():
-                self._rows.add_usage(digest, tokens[digest])
+                before = known.get(digest, Usage())
+                self._rows.put_usage(digest, before.plus(tokens[digest], now))
 
     def _load(self) -> None:
         """Fill memory from the rows, sweep the store, and tell of objects that are not there."""
@@ -236,6 +260,8 @@ class Registry:
         named = self._catalog.digests()
         for stray in self._store.sweep(named):
             log.warning("swept %s, which no row names", stray)
+        for stray in self.artifacts.sweep(named):
+            log.warning("swept artifact %s, which serves no revision any more", stray)
         self._lost = {digest for digest in named if not self._store.has(digest)}
         for digest in self._lost:
             log.error("the store has lost object %s; push its adapter again", digest)
@@ -277,6 +303,8 @@ class Registry:
             self._catalog.put_revision(revision, publish=will_publish)
         self._lost.discard(revision.digest)
         log.info("adapter registered", extra={"adapter": revision.id})
+        for field, difference in staged.mismatches.items():
+            log.warning("%s: %s", field, difference, extra={"adapter": revision.id})
         return revision
 
     def _answered(self, key: str | None, fingerprint: str) -> Revision | None:
@@ -309,7 +337,12 @@ class Registry:
             chat_template=manifest.chat_template,
             base_digest=self._base.digest,
             base_fingerprint=_base_fingerprint(self._base),
-            source={"base": staged.declared_base, "training": staged.training},
+            source={
+                "base": staged.declared_base,
+                "training": staged.training,
+                "mismatches": staged.mismatches,
+            },
+            rope=scaling_of(manifest.rope),
         )
 
     def _set_pinned(self, name: str, pinned: bool) -> Adapter:
@@ -325,6 +358,7 @@ class Registry:
         if not is_there or not self._catalog.is_unused(digest):
             return False
         self._store.remove(digest)
+        self.artifacts.remove_of(digest)
         self._lost.discard(digest)
         self._on_free(digest)
         return True

@@ -6,9 +6,12 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters.catalog import Revision
+import msgspec
 
-_VERSION = 1
+from adapters.catalog import Revision, Usage
+from adapters.rope import RopeScaling
+
+_VERSION = 2
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE adapters (
@@ -29,6 +32,7 @@ CREATE TABLE revisions (
     base_digest TEXT NOT NULL,
     base_fingerprint TEXT NOT NULL,
     source TEXT NOT NULL,
+    rope TEXT,
     PRIMARY KEY (name, number),
     UNIQUE (name, digest)
 );
@@ -50,9 +54,19 @@ CREATE TABLE idempotency_keys (
 );
 CREATE TABLE usage (
     digest TEXT PRIMARY KEY,
-    tokens INTEGER NOT NULL
+    tokens INTEGER NOT NULL,
+    recent REAL NOT NULL DEFAULT 0,
+    as_of REAL NOT NULL DEFAULT 0
 );
 PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+_FROM_1 = """
+BEGIN IMMEDIATE;
+ALTER TABLE revisions ADD COLUMN rope TEXT;
+ALTER TABLE usage ADD COLUMN recent REAL NOT NULL DEFAULT 0;
+ALTER TABLE usage ADD COLUMN as_of REAL NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
 COMMIT;
 """
 
@@ -68,6 +82,8 @@ class Rows:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version == 0:
             self._db.executescript(_SCHEMA)
+        elif version == 1:
+            self._db.executescript(_FROM_1)
         elif version != _VERSION:
             self._db.close()
             raise ValueError(f"{path} has version {version}; this Turnout reads {_VERSION}")
@@ -100,7 +116,10 @@ class Rows:
         found = []
         for row in cursor:
             fields = dict(zip(columns, row, strict=True))
-            found.append(Revision(**{**fields, "source": json.loads(fields["source"])}))
+            fields["source"] = json.loads(fields["source"])
+            if fields["rope"] is not None:
+                fields["rope"] = msgspec.json.decode(fields["rope"], type=RopeScaling)
+            found.append(Revision(**fields))
         return found
 
     def publications(self) -> list[tuple[str, int]]:
@@ -125,7 +144,7 @@ class Rows:
     def put_revision(self, revision: Revision) -> None:
         """Add a revision, or write anew which base an existing one was checked against."""
         self._db.execute(
-            "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (name, number) DO UPDATE SET base_digest = excluded.base_digest,"
             " base_fingerprint = excluded.base_fingerprint, source = excluded.source",
             (
@@ -141,6 +160,7 @@ class Rows:
                 revision.base_digest,
                 revision.base_fingerprint,
                 json.dumps(revision.source),
+                None if revision.rope is None else msgspec.json.encode(revision.rope).decode(),
             ),
         )
 
@@ -172,14 +192,14 @@ class Rows:
         """Forget the idempotency keys added before this time."""
         self._db.execute("DELETE FROM idempotency_keys WHERE created < ?", (before,))
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Usage]:
         """Tokens served, by digest."""
-        return dict(self._db.execute("SELECT digest, tokens FROM usage").fetchall())
+        rows = self._db.execute("SELECT digest, tokens, recent, as_of FROM usage")
+        return {digest: Usage(*counts) for digest, *counts in rows}
 
-    def add_usage(self, digest: str, tokens: int) -> None:
-        """Add to a digest's tokens."""
+    def put_usage(self, digest: str, usage: Usage) -> None:
+        """Write a digest's tokens."""
         self._db.execute(
-            "INSERT INTO usage VALUES (?, ?)"
-            " ON CONFLICT (digest) DO UPDATE SET tokens = tokens + excluded.tokens",
-            (digest, tokens),
+            "INSERT OR REPLACE INTO usage (digest, tokens, recent, as_of) VALUES (?, ?, ?, ?)",
+            (digest, usage.tokens, usage.recent, usage.as_of),
         )

@@ -55,6 +55,7 @@ class StagedObject:
     manifest: AdapterManifest
     declared_base: str | None  # what the adapter's config calls its base
     training: dict[str, Any]  # how it was made, from turnout.json; changes no answer
+    mismatches: dict[str, str]  # field of turnout.json -> what differs here, overlooked on request
 
     def discard(self) -> None:
         """Delete the file if it was not put."""
@@ -89,10 +90,12 @@ class Store:
             os.close(self._lock_file)
             self._lock_file = -1
 
-    def stage(self, folder: Path, base: BaseShape, limits: Limits) -> StagedObject:
+    def stage(
+        self, folder: Path, base: BaseShape, limits: Limits, *, allow_mismatch: bool = False
+    ) -> StagedObject:
         """Validate the adapter in `folder` and write it beside the store, complete and synced."""
         config = read_peft_config(read_small(folder, CONFIG_FILE), base, limits)
-        sidecar = read_sidecar(folder, base)
+        sidecar = read_sidecar(folder, base, allow_mismatch=allow_mismatch)
         limits.check_fit(count_rank_rows(config.modules))
         with open_regular(folder, WEIGHTS_FILE) as source:
             header = read_header(source, WEIGHTS_FILE, max_bytes=limits.max_bytes)
@@ -105,6 +108,7 @@ class Store:
             manifest=manifest,
             declared_base=config.declared_base,
             training=sidecar.training,
+            mismatches=sidecar.mismatches,
         )
 
     def put(self, staged: StagedObject) -> None:

@@ -19,6 +19,7 @@ from server.api.app import create_app
 from server.api.auth import check_listen
 from server.api.residency import EngineDropper, digest_names
 from server.api.tokenizer import TextCodec
+from server.base_text import CheckpointText
 from server.config import Config
 from server.engine.client import EngineClient, EngineStartError
 from server.engine.latency import settle_heap
@@ -94,7 +95,7 @@ def _build_app(
     dropper = EngineDropper(engine)
     registry = Registry.open(
         config.adapters.store,
-        base_shape(config.model),
+        base_shape(config.model, CheckpointText),
         limits(config.adapters),
         url=url,
         on_free=dropper,

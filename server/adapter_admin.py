@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from adapters.catalog import Adapter, Revision
 from adapters.folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
-from adapters.manifest import BaseShape, Limits, StoreBusy
+from adapters.manifest import BaseShape, BaseText, Limits, StoreBusy
 from adapters.registry import Registry
 from adapters.store import Store
 from server.base_digest import base_digest
@@ -25,6 +25,7 @@ EXAMPLES = Path(__file__).parent.parent / "adapters" / "examples"
 _TIMEOUT_S = 60.0  # for any answer: a push validates and syncs before it answers
 
 Card = dict[str, Any]
+ReadText = Callable[[Path], BaseText]  # of a checkpoint folder
 
 
 class Admin(Protocol):
@@ -36,8 +37,8 @@ class Admin(Protocol):
         """The adapter and its revisions."""
         ...
 
-    def push(self, name: str, folder: Path, *, publish: bool) -> Card:
-        """Register a revision and return it."""
+    def push(self, name: str, folder: Path, *, publish: bool, allow_mismatch: bool = False) -> Card:
+        """Register a revision and return it, with `mismatches` beside it."""
         ...
 
     def change(self, name: str, action: str, revision: int | None = None) -> Card:
@@ -60,8 +61,9 @@ class LocalAdmin:
         revisions = [revision_card(revision) for revision in self._registry.revisions(name)]
         return adapter_card(self._registry.get(name)), revisions
 
-    def push(self, name: str, folder: Path, *, publish: bool) -> Card:
-        return revision_card(self._registry.push(name, folder, publish=publish))
+    def push(self, name: str, folder: Path, *, publish: bool, allow_mismatch: bool = False) -> Card:
+        revision = self._registry.push(name, folder, publish=publish, allow_mismatch=allow_mismatch)
+        return {**revision_card(revision), "mismatches": revision.source["mismatches"]}
 
     def change(self, name: str, action: str, revision: int | None = None) -> Card:
         if action == "publish":
@@ -93,8 +95,10 @@ class RemoteAdmin:
         card, revisions = self._call("GET", _at(name)), self._call("GET", f"{_at(name)}/revisions")
         return card, list(revisions["data"])
 
-    def push(self, name: str, folder: Path, *, publish: bool) -> Card:
+    def push(self, name: str, folder: Path, *, publish: bool, allow_mismatch: bool = False) -> Card:
         fields = {"name": name, "publish": "true" if publish else "false"}
+        if allow_mismatch:
+            fields["allow_mismatch"] = "true"
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(_progress(self._console))
             files = {}
@@ -104,7 +108,8 @@ class RemoteAdmin:
                     files[file] = (file, stack.enter_context(opened))
             if CONFIG_FILE not in files:
                 raise ValueError(f"{folder} holds no {CONFIG_FILE}")
-            return dict(self._call("POST", "", data=fields, files=files)["revision"])
+            reply = self._call("POST", "", data=fields, files=files)
+            return {**reply["revision"], "mismatches": reply.get("mismatches", {})}
 
     def change(self, name: str, action: str, revision: int | None = None) -> Card:
         body = {} if revision is None else {"revision": revision}
@@ -119,7 +124,7 @@ class RemoteAdmin:
         except httpx.TransportError as error:
             raise ValueError(f"{self._client.base_url} does not answer: {error}") from None
         if response.is_error:
-            raise ValueError(_error_text(response))
+            raise ValueError(error_text(response))
         return dict(response.json()) if response.content else {}
 
 
@@ -129,17 +134,18 @@ def open_admin(
     console: Console,
     *,
     base: Callable[[], ModelConfig] | None = None,
+    text: ReadText | None = None,
     url: str | None = None,
     api_key: str | None = None,
 ) -> Iterator[Admin]:
     """Work through `url`, or the server that holds the store, or on the store itself.
 
-    Only work on the store itself calls `base`. Raises StoreBusy while a process that serves
-    nothing holds the store.
+    Only work on the store itself calls `base` and `text`, which reads that base's tokenizer.
+    Raises StoreBusy while a process that serves nothing holds the store.
     """
     if url is None:
         try:
-            registry = open_registry(adapters, base)
+            registry = open_registry(adapters, base, text)
         except StoreBusy as busy:
             if busy.url is None:
                 raise
@@ -154,20 +160,28 @@ def open_admin(
 
 
 def open_registry(
-    adapters: AdapterConfig, base: Callable[[], ModelConfig] | None = None
+    adapters: AdapterConfig,
+    base: Callable[[], ModelConfig] | None = None,
+    text: ReadText | None = None,
 ) -> Registry:
     """Open the store. Raises StoreBusy, before the base is read, while another process holds it."""
     store = Store.open(adapters.store)
     try:
-        return Registry(store, base_shape(base()) if base else None, limits(adapters))
+        shape = base_shape(base(), text) if base else None
+        return Registry(store, shape, limits(adapters))
     except BaseException:
         store.close()
         raise
 
 
-def base_shape(model: ModelConfig) -> BaseShape:
-    """What adapters for this base are checked against. Reads the whole checkpoint."""
-    return BaseShape.from_config(model.path, model.name, base_digest(model.path))
+def base_shape(model: ModelConfig, text: ReadText | None = None) -> BaseShape:
+    """What adapters for this base are checked against. Reads the whole checkpoint.
+
+    Without `text`, prompts are not compared with those that adapters were trained on.
+    """
+    return BaseShape.from_config(
+        model.path, model.name, base_digest(model.path), text=text(model.path) if text else None
+    )
 
 
 def limits(adapters: AdapterConfig) -> Limits:
@@ -222,7 +236,7 @@ def _at(name: str) -> str:
     return "/" + urllib.parse.quote(name, safe="")
 
 
-def _error_text(response: httpx.Response) -> str:
+def error_text(response: httpx.Response) -> str:
     """The server's own message where there is one."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(response.json()["error"]["message"])

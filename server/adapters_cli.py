@@ -41,17 +41,32 @@ def push(
     allow_other_base: Annotated[
         bool, typer.Option(help="Take it even if its config names another base.")
     ] = False,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option(
+            help="Take it even if turnout.json names another base, chat template or tokenizer."
+        ),
+    ] = False,
     store: StorePath = None,
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
     """Register the adapter in FOLDER as a revision of NAME."""
+    from server.base_text import CheckpointText
+
     adapters = adapter_config(store, allow_other_base=allow_other_base)
     make_base = functools.partial(base_config, base, base_name)
     with open_admin(
-        adapters, Console(stderr=True), base=make_base, url=url, api_key=api_key
+        adapters,
+        Console(stderr=True),
+        base=make_base,
+        text=CheckpointText,
+        url=url,
+        api_key=api_key,
     ) as admin:
-        card = admin.push(name, folder, publish=publish)
+        card = admin.push(name, folder, publish=publish, allow_mismatch=allow_mismatch)
+    for field, difference in card["mismatches"].items():
+        Console(stderr=True).print(f"note: {field}: {difference}", style="yellow", markup=False)
     _say(f"{card['id']} registered, digest {card['digest'][:12]}")
 
 

@@ -8,11 +8,21 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from server import adapters_cli
+from server import adapters_cli, promote_cli
 from server.adapters_cli import adapter_config, base_config
 from server.api.auth import Scope, load_keys, new_key
 from server.base_digest import base_digest
-from server.config import CacheConfig, Config, Dtype, Quantization, SchedulerConfig, ServerConfig
+from server.config import (
+    CacheConfig,
+    Config,
+    Dtype,
+    Policy,
+    PromotionConfig,
+    PromotionDevice,
+    Quantization,
+    SchedulerConfig,
+    ServerConfig,
+)
 from server.default_base import ensure_default_base
 
 GIB = 1 << 30
@@ -27,12 +37,16 @@ app = typer.Typer(
 keys = typer.Typer(help="Make API keys.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(adapters_cli.app, name="adapters")
 app.add_typer(keys, name="keys")
+for command in (promote_cli.promote, promote_cli.demote, promote_cli.candidates):
+    app.command()(command)
 
 Base = Annotated[
     Path | None, typer.Option(help="Checkpoint folder. Default: SmolLM2-135M-Instruct, made once.")
 ]
 BaseName = Annotated[str | None, typer.Option(help="What clients call it. Default: the folder's.")]
-Quantize = Annotated[Quantization, typer.Option(help="4 bits, or the checkpoint's 16.")]
+Quantize = Annotated[
+    Quantization, typer.Option(help="NF4, a GPTQ checkpoint's 4 bits, or 16 bits.")
+]
 BankRows = Annotated[int, typer.Option(help="Rank rows of resident adapters.")]
 KvGib = Annotated[float, typer.Option(min=0, help="KV cache on a machine without a GPU.")]
 
@@ -70,6 +84,29 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests under way; past it: 503.")] = 256,
     max_waiting_per_tenant: Annotated[int, typer.Option(help="Past it: 429.")] = 128,
     drain_s: Annotated[float, typer.Option(help="Grace for streams at SIGTERM.")] = 30.0,
+    promote_policy: Annotated[
+        Policy, typer.Option(help="auto: promote and demote by popularity.")
+    ] = "off",
+    promote_min_tokens: Annotated[
+        int, typer.Option(help="Recent tokens that make a candidate.")
+    ] = 200_000,
+    merged_gib: Annotated[
+        float, typer.Option(min=0, help="GPU memory set aside for merged models.")
+    ] = 0.0,
+    promote_max_sets: Annotated[int, typer.Option(help="Promoted adapters at a time.")] = 1,
+    promote_cool_down_s: Annotated[
+        float, typer.Option(help="Between two changes of one adapter.")
+    ] = 3600.0,
+    promote_rows: Annotated[
+        Path | None, typer.Option(help="Folder of NAME.jsonl: what auto calibrates on.")
+    ] = None,
+    promote_text: Annotated[
+        Path | None, typer.Option(help="General text that auto calibrates on.")
+    ] = None,
+    promote_device: Annotated[PromotionDevice, typer.Option(help="Where auto computes.")] = "cpu",
+    step_times: Annotated[
+        Path | None, typer.Option(help="Measured steps for estimates, JSON.")
+    ] = None,
     example_adapters: Annotated[
         bool, typer.Option("--example-adapters", help="Register json and pirate first.")
     ] = False,
@@ -110,6 +147,17 @@ def serve(
             host_bytes=int(host_gib * GIB),
         ),
         server=server,
+        promotion=PromotionConfig(
+            policy=promote_policy,
+            min_tokens=promote_min_tokens,
+            memory_bytes=int(merged_gib * GIB),
+            max_sets=promote_max_sets,
+            cool_down_s=promote_cool_down_s,
+            rows=promote_rows,
+            text=promote_text,
+            device=promote_device,
+            step_times=step_times,
+        ),
     )
     from server.__main__ import run
 
@@ -155,6 +203,9 @@ def bench(
     popular: Annotated[
         int, typer.Option(help="Instead: so many adapters over that 7B, asked for by Zipf's law.")
     ] = 0,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Instead: a merged 7B against its adapter.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="With --popular: how long they are.")] = 180,
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
@@ -162,6 +213,11 @@ def bench(
         from server.bench.gpu_table import run as run_gpu_table
 
         run_gpu_table(json_file)
+        return
+    if merged:
+        from server.bench.merged import run as run_merged
+
+        run_merged(json_file)
         return
     if popular:
         from server.bench.popularity import run as run_popularity
@@ -220,6 +276,87 @@ def merge(
     run(options, base_digest(model.path), Console())
 
 
+@app.command()
+def quantize(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder or GGUF file to make.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A merged checkpoint; or name --adapter instead.")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A PEFT folder, NAME or NAME@REVISION: merged, quantized and gated."),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="gptq, awq, gguf-f16, gguf-q8_0 or gguf-lora.")
+    ] = "gptq",
+    merge_base: Annotated[
+        str, typer.Option(help="original, dequantized, or auto: both, and the better one.")
+    ] = "auto",
+    group_size: Annotated[
+        int, typer.Option(help="128, 64 or 32; 0: the largest that fits every layer.")
+    ] = 0,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="GPTQ's order of inputs: better, slower to serve.")
+    ] = False,
+    iterations: Annotated[int, typer.Option(min=1, help="Of auto-round, for AWQ.")] = 40,
+    rows: Annotated[
+        Path | None, typer.Option(help="The adapter's training rows, to calibrate and gate on.")
+    ] = None,
+    eval_rows: Annotated[Path | None, typer.Option(help="Rows that are held out.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="General text, blank lines between paragraphs.")
+    ] = None,
+    text_share: Annotated[float, typer.Option(help="Of the tokens, beside rows.")] = 0.5,
+    tokens: Annotated[int, typer.Option(help="To calibrate on, at most.")] = 16384,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is calibrated on.")] = 0,
+    gate: Annotated[
+        list[str] | None, typer.Option(help="A threshold, say max_mean_kl=0.2; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, gptqmodel or auto-round.")] = "auto",
+    quantizer: Annotated[
+        Path | None, typer.Option(help="Python that has the quantizer; see `make quantizer`.")
+    ] = None,
+    base: Base = None,
+    base_name: BaseName = None,
+    store: adapters_cli.StorePath = None,
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Take an adapter whose config names another base.")
+    ] = False,
+) -> None:
+    """Make 4-bit files of a merged checkpoint or of an adapter, or export either as GGUF."""
+    from training.quantize_cli import Request, given_options, run
+
+    base_model = base_config(base, base_name) if adapter is not None else None
+    request = Request(
+        out=out,
+        kind=kind,
+        model=model,
+        adapter=adapter,
+        base=base_model.path if base_model else None,
+        base_name=base_model.name if base_model else None,
+        store=adapter_config(store).store,
+        given=given_options(context),
+        allow_other_base=allow_other_base,
+        merge_base=merge_base,
+        group_size=group_size,
+        desc_act=desc_act,
+        iterations=iterations,
+        rows=rows,
+        eval_rows=eval_rows,
+        text=text,
+        text_share=text_share,
+        tokens=tokens,
+        seed=seed,
+        gate=tuple(gate or ()),
+        device=device,
+        backend=backend,
+        quantizer=quantizer,
+    )
+    run(request, Console())
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
@@ -250,6 +387,9 @@ def train(
     list_settings: Annotated[
         bool, typer.Option("--settings", help="List every setting; each is an option too.")
     ] = False,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share each step's rows, with a GPU each.")
+    ] = 1,
     register: Annotated[
         str | None, typer.Option(help="Push the result under this name when it is done.")
     ] = None,
@@ -258,20 +398,28 @@ def train(
     api_key: adapters_cli.ApiKey = None,
 ) -> None:
     """Train an adapter on a file of rows: --rank 8 and the like; --settings lists all."""
-    from training import run
+    from training import distributed, run
 
     if list_settings:
         run.show_settings(Console())
         return
     run.check_name(register)
     given = {"base": base, "data": data, "out": out}
-    settings = run.settings_of(config, given, context.args, ensure_default_base)
-    console = Console()
-    prepared = run.prepare(settings)
-    run.show(prepared, console)
-    if dry_run:
+    how = {"resume": resume, "overwrite": overwrite}
+    with distributed.join(num_processes) as group:
+        console = Console(quiet=not group.is_first)
+        settings = run.settings_of(config, given, context.args, ensure_default_base, console)
+        prepared = run.prepare(settings)
+        run.show(prepared, console)
+        if dry_run:
+            return
+        digest = base_digest(settings.base)
+        if num_processes > group.size:
+            run.train_in_processes(num_processes, settings, digest, **how)
+        else:
+            run.train(prepared, digest, console, **how, group=group)
+    if not group.is_first:
         return
-    run.train(prepared, base_digest(settings.base), console, resume=resume, overwrite=overwrite)
     said = f"The adapter is in {settings.out}; {settings.out / 'report.html'} has the curves."
     console.print(said, markup=False, soft_wrap=True)
     if register is not None:

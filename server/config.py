@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "gptq", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["off", "auto"]
+PromotionDevice = Literal["cpu", "cuda"]
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:
@@ -20,19 +22,20 @@ class ModelConfig:
 
     path: Path  # a checkpoint folder: config.json, tokenizer, safetensors
     name: str = "base"  # what clients call it
-    quantization: Quantization = "nf4"
+    quantization: Quantization = "nf4"  # gptq: the checkpoint's own 4 bits
     dtype: Dtype = "auto"  # of activations and KV; auto is bfloat16
     device: str = "auto"  # auto is cuda where there is one, else cpu
-    max_model_len: int = 0  # tokens of prompt and completion; 0 is the checkpoint's own limit
+    max_model_len: int = 0  # tokens of prompt and completion; 0 is the checkpoint's own limit,
+    # and past that limit only adapters trained with RoPE scaling go
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "model.name", self.name, "a non-empty name")
         _check(self.max_model_len >= 0, "model.max_model_len", self.max_model_len, "0 or more")
         _check(
-            self.quantization in ("nf4", "none"),
+            self.quantization in ("nf4", "gptq", "none"),
             "model.quantization",
             self.quantization,
-            "nf4 or none",
+            "nf4, gptq or none",
         )
 
 
@@ -92,6 +95,7 @@ class AdapterConfig:
     store: Path = Path(".turnout/store")
     bank_rows: int = 512  # rank rows in the bank: 32 adapters of rank 16
     page_rows: int = 8  # an adapter takes whole pages of this many rank rows
+    rotary_tables: int = 4  # RoPE scalings that adapters in the bank may have between them
     host_bytes: int = 1 << 30  # host memory for adapters that left the bank
     max_rank: int = 256
     max_upload_bytes: int = 1 << 30
@@ -105,7 +109,39 @@ class AdapterConfig:
             self.bank_rows,
             f"a multiple of page_rows ({self.page_rows})",
         )
+        _check(self.rotary_tables >= 1, "adapters.rotary_tables", self.rotary_tables, "at least 1")
         _check(1 <= self.max_rank <= 1024, "adapters.max_rank", self.max_rank, "in 1..1024")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromotionConfig:
+    """When adapters get models of their own without being asked to, and from what."""
+
+    policy: Policy = "off"  # auto: by popularity
+    min_tokens: int = 200_000  # recent ones (half-life 6 h) that make a revision a candidate
+    memory_bytes: int = 0  # set aside for merged models; 0: none on a GPU, no limit on a CPU
+    max_sets: int = 1  # promoted by the policy or not: past it the policy promotes no more
+    cool_down_s: float = 3600.0  # between two things that the policy does about one revision
+    rows: Path | None = None  # folder of <adapter name>.jsonl: what the policy calibrates on
+    text: Path | None = None  # general text that the policy calibrates on, beside the rows
+    device: PromotionDevice = "cpu"  # where the policy's promotions compute
+    step_times: Path | None = None  # measured steps for the estimates; None: one H100's
+
+    def __post_init__(self) -> None:
+        _check(self.policy in ("off", "auto"), "promotion.policy", self.policy, "off or auto")
+        _check(self.min_tokens >= 1, "promotion.min_tokens", self.min_tokens, "1 or more")
+        _check(self.memory_bytes >= 0, "promotion.memory_bytes", self.memory_bytes, "0 or more")
+        _check(self.max_sets >= 0, "promotion.max_sets", self.max_sets, "0 or more")
+        _check(self.cool_down_s >= 0, "promotion.cool_down_s", self.cool_down_s, "0 or more")
+        _check(self.device in ("cpu", "cuda"), "promotion.device", self.device, "cpu or cuda")
+        _check(
+            self.policy == "off" or self.rows is not None,
+            "promotion.rows",
+            self.rows,
+            "a folder of <adapter name>.jsonl where promotion.policy is auto",
+        )
+        for name, path in (("rows", self.rows), ("text", self.text)):
+            _check(path is None or path.exists(), f"promotion.{name}", str(path), "there")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +167,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)
 
 
 def state_folder() -> Path:

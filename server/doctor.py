@@ -19,6 +19,7 @@ from server.engine.build import active_kernels, has_gpu_kernels, select_device, 
 from server.kernels.dense_linear import can_pack
 from server.model.adapter_bank import bank_row_bytes
 from server.model.kv_cache import block_bytes
+from server.model.loader import check_quantization
 from server.model.spec import FUSED, ModelSpec, read_spec
 
 NF4_BITS = 4.127  # a weight, its block's absmax (8 bits per 64) and that one's (32 per 256 * 64)
@@ -57,8 +58,14 @@ class Budget:
         return self.kv > 0 and self.total <= self.free
 
 
-def needs(spec: ModelSpec, quantization: str, dtype: torch.dtype, device: torch.device) -> Needs:
-    """Work out sizes from a base's shape."""
+def needs(
+    spec: ModelSpec,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    group_size: int = 128,
+) -> Needs:
+    """Work out sizes from a base's shape; `group_size` is a GPTQ checkpoint's."""
     is_cpu = device.type == "cpu"
     shapes = [spec.linear_shape(name) for names in FUSED.values() for name in names]
     num_linear = spec.num_layers * sum(out * width for out, width in shapes)
@@ -71,6 +78,10 @@ def needs(spec: ModelSpec, quantization: str, dtype: torch.dtype, device: torch.
         note = f"NF4 values, expanded to {name} at load"
     elif quantization == "nf4":
         bits, note = NF4_BITS, f"NF4; embeddings and norms {name}"
+    elif quantization == "gptq" and is_cpu:
+        note = f"int4 values, expanded to {name} at load"
+    elif quantization == "gptq":
+        bits, note = 4 + 32 / group_size, f"int4, groups of {group_size}; the rest {name}"
     return Needs(
         weights=int(num_linear * bits / 8) + num_other * dtype.itemsize,
         weights_note=note,
@@ -154,8 +165,10 @@ def report(config: Config, console: Console) -> bool:
     is_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
     is_fused = has_gpu_kernels(config, spec, dtype, device)
-    kernels = active_kernels(dtype, device, is_fused=is_fused)
-    need = needs(spec, config.model.quantization, dtype, device)
+    quantization = config.model.quantization
+    gptq = check_quantization(config.model.path, quantization)
+    kernels = active_kernels(dtype, device, is_fused=is_fused, quantization=quantization)
+    need = needs(spec, quantization, dtype, device, gptq.group_size if gptq else 128)
     spent = budget(need, config, free=free, is_gpu=is_gpu)
     console.print(_table("This machine", machine_rows()))
     console.print(_table(f"Kernels on {device}", list(kernels.items())))

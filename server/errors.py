@@ -34,6 +34,14 @@ class ServeError(Exception):
         }
 
 
+class WeightSetRefused(Exception):
+    """A merged model cannot be served beside the base; the message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
 _KINDS = {
     400: "BadRequestError",
     401: "AuthenticationError",

@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from server.engine.messages import AdapterEvent, EngineInfo, EngineStats, FirstToken
 from server.engine.request import FinishReason
@@ -25,6 +25,7 @@ _ALARMING_CODES = (
 )  # fmt: skip
 _KINDS_OF_LOAD = (("disk", "ok"), ("host", "ok"), ("gpu", "failed"))  # (tier, result)
 _EVICTING_TIERS = ("gpu", "host")
+_PROMOTION_RESULTS = ("done", "failed", "cancelled")
 
 # vLLM's bounds, with finer ones below them where its first bound is longer than our whole step.
 TTFT_BOUNDS = (
@@ -204,13 +205,18 @@ class Metrics:
         self.stats = EngineStats()
         self.stats_time = time.time()
         self.num_restarts = 0
-        self.paths: dict[ServingPath, PathSeries] = {"base": PathSeries(), "adapter": PathSeries()}
+        self.paths: dict[ServingPath, PathSeries] = {
+            path: PathSeries() for path in get_args(ServingPath)
+        }
         self.finished: Counter[FinishReason] = Counter()
         self.errors: Counter[str] = Counter(dict.fromkeys(_ALARMING_CODES, 0))  # on any route
         self.loads: Counter[tuple[str, str]] = Counter(dict.fromkeys(_KINDS_OF_LOAD, 0))
         self.evictions: Counter[str] = Counter(dict.fromkeys(_EVICTING_TIERS, 0))  # by tier
         self.drain_s = 0.0  # since the drain began; 0 before
         self.drain_limit_s = 0.0  # the grace that running requests have then
+        self.promotions: Counter[str] = Counter(dict.fromkeys(_PROMOTION_RESULTS, 0))
+        self.num_promoting = 0  # jobs under way
+        self.weight_set_bytes: dict[str, int] = {}  # adapter digest -> its merged model's
         self.adapters: dict[str, AdapterSeries] = {}
         self.other = TopHistograms()
         self._before = EngineStats()  # totals of engines that have died

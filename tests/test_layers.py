@@ -15,18 +15,33 @@ SHARED = ("server.base_digest", "server.config", "server.errors")
 # A module belongs to the longest name here that it starts with, and may import that layer and
 # those on the right. A module that no name covers fails the test: give it a row.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "server.api": ("server.engine", "server.metrics", "adapters", *SHARED),
+    "server.api": ("server.engine", "server.metrics", "server.promotion", "adapters", *SHARED),
     "server.engine": ("server.model", "server.kernels", "adapters", *SHARED),
     "server.model": ("server.kernels", "server.quant", *SHARED),
     "server.kernels": ("server.quant",),
     "server.quant": (),
+    "server.promotion": ("adapters", *SHARED),
     "server.config": (),
     "server.errors": (),
     "server.metrics": ("server.engine",),  # the structs it counts; the engine never sees it
     "server.default_base": ("server.config",),
     "server.base_digest": (),
     "server.adapter_admin": ("adapters", *SHARED),
-    "server.adapters_cli": ("server.adapter_admin", "server.default_base", *SHARED),
+    "server.adapters_cli": (
+        "server.adapter_admin",
+        "server.base_text",
+        "server.default_base",
+        *SHARED,
+    ),
+    "server.base_text": ("server.api", "adapters", *SHARED),
+    "server.promote_admin": ("server.adapter_admin", "server.promotion", "adapters", *SHARED),
+    "server.promote_cli": (
+        "server.promote_admin",
+        "server.adapter_admin",
+        "server.adapters_cli",
+        "adapters",
+        *SHARED,
+    ),
     "server.doctor": ("server.engine", "server.model", "server.kernels", *SHARED),
     "server.bench": ("server.engine", "server.model", "server.adapter_admin", "adapters", *SHARED),
     "server.__main__": (
@@ -34,6 +49,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.engine",
         "server.default_base",
         "server.adapter_admin",
+        "server.base_text",
         "server.metrics",
         "adapters",
         *SHARED,
@@ -41,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.cli": (
         "server.__main__",
         "server.adapters_cli",
+        "server.promote_cli",
         "server.api",
         "server.bench",
         "server.default_base",
@@ -51,12 +68,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "adapters": (),
     "deploy": (),
-    "training": ("adapters", "server.quant"),
+    "training": ("adapters", "server.quant", "server.base_digest"),
     "loadtest": (),
 }
 
 # Modules that may import inside a function, and why.
-LATE_IMPORTS = {"server.cli": "one subcommand's module each, so that --help loads no torch"}
+LATE_IMPORTS = {
+    "server.cli": "one subcommand's module each, so that --help loads no torch",
+    "server.adapters_cli": "a push alone needs a tokenizer",
+}
 
 # Packages that a layer does without, and why.
 BANNED: dict[str, tuple[tuple[str, ...], str]] = {

@@ -16,7 +16,9 @@ class RunState:
     """Where a run stands after `step` optimizer steps, beside weights and optimizer."""
 
     step: int = 0
-    micro_batch: int = 0  # halved where memory ran out
+    micro_batch: int = 0  # rows of one process in a pass; halved where memory ran out
+    loss_scale: float = 1.0  # of fp16, halved where gradients overflowed
+    num_processes: int = 1
     best_loss: float | None = None
     best_step: int = 0
     num_worse: int = 0  # evaluations since the best one

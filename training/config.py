@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from training.old_names import MICRO_BATCH, RENAMED, field_of, translate
 
 TargetPreset = Literal["all-linear", "attention", "mlp"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrainConfig(BaseModel):
@@ -68,6 +69,10 @@ class TrainConfig(BaseModel):
         default_factory=dict, description="Ranks of single linears, by the end of their name."
     )
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="The same for alpha.")
+    rope_scaling: dict[str, Any] | None = Field(
+        default=None,
+        description="Longer context: type (linear or yarn), factor; served with the adapter.",
+    )
 
     # The run
     epochs: int = Field(default=3, ge=1, description="Times each row is seen.")
@@ -93,11 +98,16 @@ class TrainConfig(BaseModel):
     neftune_alpha: float = Field(
         default=0.0, ge=0, description="Noise on embeddings (arXiv:2310.05914); 5 is usual."
     )
-    dtype: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="Of activations; auto: bf16 where the hardware has it."
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto",
+        description="Of activations; auto: bf16 where the hardware has it, else fp16 on a GPU.",
     )
     gradient_checkpointing: bool | None = Field(
         default=None, description="Recompute layers to save memory. Default: on a GPU."
+    )
+    kernels: Literal["auto", "fast", "reference"] = Field(
+        default="auto",
+        description="The fast step, or PyTorch's modules; auto: fast on a GPU where it can be.",
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Of everything random.")
 
@@ -109,6 +119,14 @@ class TrainConfig(BaseModel):
     save_every: int = Field(default=0, ge=0, description="Steps; 0: after each epoch.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest ones that stay.")
     save_dtype: Literal["bf16", "fp32"] = Field(default="fp32", description="Of the adapter.")
+    eval_generations: int = Field(
+        default=32, ge=0, description="Rows that base and adapter answer in the end; 0: none."
+    )
+    generation_tokens: int = Field(default=256, ge=1, description="Most tokens of such an answer.")
+    report_to: tuple[Tracker, ...] | Literal["auto", "none"] = Field(
+        default="auto",
+        description="tensorboard, wandb, mlflow or none; auto: TensorBoard where installed.",
+    )
 
     @property
     def lora_alpha(self) -> float:
@@ -133,8 +151,9 @@ def make_config(settings: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
     for name in ours:
         if name not in TrainConfig.model_fields:
             raise ValueError(f"{name!r} is not a setting of a training run{_nearest(name)}")
-    if isinstance(ours.get("targets"), str) and ours["targets"] not in get_args(TargetPreset):
-        ours["targets"] = tuple(name.strip() for name in ours["targets"].split(","))
+    for name, presets in (("targets", get_args(TargetPreset)), ("report_to", ("auto", "none"))):
+        if isinstance(ours.get(name), str) and ours[name] not in presets:
+            ours[name] = tuple(part.strip() for part in ours[name].split(","))
     try:
         return TrainConfig.model_validate(ours), hints
     except ValidationError as error:

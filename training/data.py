@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training.config import TrainConfig
 from training.render import Example, Renderer
-from training.rows import Row, RowRefused, read_rows, to_document
+from training.rows import NoLabel, Row, RowRefused, read_rows, to_document
 
 MAX_UNLABELLED = 0.05  # share of rows without a label past which the data is taken for a mistake
 
@@ -132,13 +132,14 @@ def _load_file(
 ) -> tuple[list[Example], FileReport]:
     report = FileReport(path=str(path))
     examples = _examples(read_rows(path), config, renderer, report)
+    reasons = ", ".join(report.refused) or "it is empty"
     if not examples:
-        reasons = ", ".join(report.refused) or "it is empty"
         raise ValueError(f"no row of {path} can be learned from: {reasons}")
     if report.num_unlabelled > MAX_UNLABELLED * report.num_rows:
         raise ValueError(
             f"{report.num_unlabelled:,} of {report.num_rows:,} rows of {path} have nothing to "
-            f"learn, over {MAX_UNLABELLED:.0%}: is max_length ({config.max_length}) too small?"
+            f"learn, over {MAX_UNLABELLED:.0%}: is max_length ({config.max_length}) too small, or "
+            f"are answers missing? Refused: {reasons}"
         )
     return examples, report
 
@@ -158,6 +159,7 @@ def _examples(
             if config.too_long == "drop" and len(whole.ids) > config.max_length:
                 raise RowRefused("over max_length")
         except RowRefused as refusal:
+            report.num_unlabelled += isinstance(refusal, NoLabel)
             report.refuse(str(refusal))
             continue
         example = whole.cut(config.max_length)

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -174,12 +174,31 @@ def save(model: PeftModel, folder: Path, name: str, num_rows: int) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def chat_rows(name: str) -> str:
+    """The example's rows as conversations, a line of JSON each: to calibrate and gate on."""
+    lines = []
+    for line in ROWS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": reply_text(row, name)},
+        ]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
 def main(
     name: Literal["json", "pirate"],
     base: Path = Path(".turnout/base") / BASE_NAME,
     out: Path = ROWS.parent,
+    rows_only: Annotated[
+        Path | None, typer.Option(help="Instead: write its rows here, as conversations.")
+    ] = None,
 ) -> None:
     """Train one example adapter and write it to OUT/NAME."""
+    if rows_only is not None:
+        rows_only.write_text(chat_rows(name), encoding="utf-8")
+        return
     recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)

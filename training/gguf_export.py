@@ -1,7 +1,5 @@
 """A merged model as one GGUF file for llama.cpp, F16 or Q8_0, then read again and compared.
 
-    python -m training.gguf_export merged/json merged/json.gguf --kind q8_0
-
 Tensors are converted and written one at a time. llama.cpp's own name for Mistral is `llama`.
 """
 
@@ -9,11 +7,10 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import typer
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from rich.console import Console
@@ -33,7 +30,7 @@ _TOP_NAMES = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -153,8 +150,8 @@ def _names(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str
         parts = source.removesuffix(".weight").split(".", 3)
         if source in _TOP_NAMES:
             yield source, _TOP_NAMES[source]
-        elif source.endswith(".weight") and len(parts) == 4 and parts[3] in _BLOCK_NAMES:
-            yield source, f"blk.{parts[2]}.{_BLOCK_NAMES[parts[3]]}.weight"
+        elif source.endswith(".weight") and len(parts) == 4 and parts[3] in BLOCK_NAMES:
+            yield source, f"blk.{parts[2]}.{BLOCK_NAMES[parts[3]]}.weight"
         else:
             raise ValueError(f"{checkpoint.folder}: {source} has no name in GGUF's llama")
 
@@ -195,16 +192,3 @@ def _converted(values: Array, kind: GGMLQuantizationType, source: str) -> Array:
     if kind == GGMLQuantizationType.F16 and not np.isfinite(converted).all():
         raise ValueError(f"{source} overflows F16; export it as q8_0")
     return converted
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="A merged checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="GGUF file to make.")],
-    kind: Annotated[str, typer.Option(help="f16 or q8_0.")] = "f16",
-) -> None:
-    """Write a GGUF file for llama.cpp."""
-    export(folder, out, kind, Console())
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -89,8 +89,8 @@ def merge(options: MergeOptions, base_digest: str, console: Console) -> dict[str
             copy_side_files(options.base, made, adapter.manifest.chat_template)
             drifts = _write_weights(options, adapter, base, made, console)
             provenance = _provenance(options, base_digest, adapter, drifts)
-        _write_json(made / PROVENANCE_FILE, provenance)
-        _sync(made)
+        write_json(made / PROVENANCE_FILE, provenance)
+        sync_files(made)
         if options.out.exists():
             raise ValueError(f"--out is {str(options.out)!r}, which exists by now")
         made.rename(options.out)
@@ -175,11 +175,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object for a person to read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
     """Make every file of the folder survive a power cut."""
     for path in folder.iterdir():
         handle = os.open(path, os.O_RDONLY)

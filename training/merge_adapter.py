@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from adapters.manifest import (
     ModuleEntry,
     show,
 )
+from adapters.rope import scaling_of
 from adapters.rows import Rows
 from adapters.store import Store, object_path
 from adapters.weights import object_digest, read_object
@@ -57,9 +59,17 @@ class MergeAdapter:
     """A validated adapter whose tensors are read when they are asked for."""
 
     def __init__(
-        self, path: Path, digest: str, manifest: AdapterManifest, revision: str | None
+        self,
+        path: Path,
+        digest: str,
+        manifest: AdapterManifest,
+        revision: str | None,
+        training: dict[str, Any],
     ) -> None:
+        if scaling_of(manifest.rope) is not None:
+            raise AdapterRefused("rope", "an adapter with RoPE scaling is served, never merged")
         self.digest, self.manifest, self.revision = digest, manifest, revision
+        self.training = training  # how it was made, as its turnout.json says; may be empty
         self._path = path
         self._modules = {f"model.{entry.prefix}": entry for entry in manifest.modules}
 
@@ -104,14 +114,14 @@ def open_adapter(
         return
     with contextlib.closing(Store.open(scratch)) as staging:
         limits = Limits(**_ROOMY, allow_other_base=allow_other_base)
-        staged = staging.stage(folder, base, limits)
+        staged = staging.stage(folder, base, limits, allow_mismatch=True)
         trained_on = staged.training.get("base_digest")
         if trained_on not in (None, base.digest) and not allow_other_base:
             raise AdapterRefused(
                 "base_digest",
                 f"{show(trained_on)} is what it was trained on; this base is {base.digest}",
             )
-        yield MergeAdapter(staged.path, staged.digest, staged.manifest, None)
+        yield MergeAdapter(staged.path, staged.digest, staged.manifest, None, staged.training)
 
 
 def _from_store(
@@ -133,7 +143,8 @@ def _from_store(
     for entry in manifest.modules:
         shapes = tuple(tensors[f"{entry.prefix}.{part}"].shape for part in ("lora_a", "lora_b"))
         _check_fit(entry, shapes, base)
-    return MergeAdapter(path, revision.digest, manifest, revision.id)
+    training = revision.source.get("training") or {}
+    return MergeAdapter(path, revision.digest, manifest, revision.id, training)
 
 
 def _find(model: str, store: Path) -> Revision:

@@ -113,19 +113,30 @@ class DriftMeter:
     @torch.inference_mode()
     def drifts(self) -> list[Drift]:
         """One for each probe, then one over all of them, called `all`."""
-        self._models.clear()  # the head may need their room
+        states = self.final_states()
+        head = self.head()
+        rows = [_compare(unmerged, merged, head) for unmerged, merged in states]
+        every_kl, every_agree = (torch.cat([row[part] for row in rows]) for part in (0, 1))
+        drifts = [_drift(probe.name, *row) for probe, row in zip(self._probes, rows, strict=True)]
+        return [*drifts, _drift("all", every_kl, every_agree)]
+
+    @torch.inference_mode()
+    def final_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """After the last layer: what of each probe the head sees, of the unmerged and the merged.
+
+        Each is [num_tokens, hidden] fp32, normed. The layers' room is given up.
+        """
+        self._models.clear()  # the head may need it
+        pairs = zip(*(self._hidden[side] for side in _SIDES), strict=True)
+        return [(self._norm(unmerged[0]), self._norm(merged[0])) for unmerged, merged in pairs]
+
+    def head(self) -> torch.Tensor:
+        """The head of either model: [vocab, hidden] fp32."""
         tied = "lm_head.weight" not in self._checkpoint or _config(self._checkpoint.folder).get(
             "tie_word_embeddings"
         )
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        head = self._checkpoint.tensor(name).to(self._device).float()
-        rows = [
-            _compare(self._norm(unmerged[0]), self._norm(merged[0]), head)
-            for unmerged, merged in zip(*(self._hidden[side] for side in _SIDES), strict=True)
-        ]
-        every_kl, every_agree = (torch.cat([row[part] for row in rows]) for part in (0, 1))
-        drifts = [_drift(probe.name, *row) for probe, row in zip(self._probes, rows, strict=True)]
-        return [*drifts, _drift("all", every_kl, every_agree)]
+        return self._checkpoint.tensor(name).to(self._device).float()
 
     def _advance(self, side: str) -> None:
         model, hidden = self._models[side], self._hidden[side]

@@ -42,7 +42,7 @@ class Merger:
     def run(self, base: BaseShape, console: Console) -> None:
         """Write every tensor."""
         linears = {f"{name}.weight" for name in base.linear_names}
-        layers = _by_layer(self._source, base.num_layers)
+        layers = by_layer(self._source, base.num_layers)
         of_layers = [name for names in layers.values() for name in names]
         with (
             contextlib.closing(self._source.tensors(of_layers)) as tensors,
@@ -81,7 +81,7 @@ class Merger:
         self._writer.write(name, merged)
 
 
-def _by_layer(source: Checkpoint, num_layers: int) -> dict[str, list[str]]:
+def by_layer(source: Checkpoint, num_layers: int) -> dict[str, list[str]]:
     """The names of each layer's tensors, by the prefix that they share."""
     layers: dict[str, list[str]] = {f"model.layers.{layer}.": [] for layer in range(num_layers)}
     for name in sorted(source):

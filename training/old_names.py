@@ -8,8 +8,10 @@ MICRO_BATCH = 4  # the default of the setting
 # Names of other tools' tutorials, and ours.
 RENAMED = {
     "adam_weight_decay": "weight_decay",
+    "base_model": "base",
     "cutoff_len": "max_length",
     "dataset_name": "data",
+    "data_path": "data",
     "dataset_path": "data",
     "early_stopping_patience": "patience",
     "eval_steps": "eval_every",
@@ -19,13 +21,13 @@ RENAMED = {
     "lora_r": "rank",
     "lora_target_modules": "targets",
     "lr": "learning_rate",
-    "lr_scheduler_type": "schedule",
     "max_seq_len": "max_length",
     "max_seq_length": "max_length",
     "micro_batch_size": "micro_batch",
     "model_id": "base",
     "model_name": "base",
     "model_name_or_path": "base",
+    "max_new_tokens": "generation_tokens",
     "neftune_noise_alpha": "neftune_alpha",
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
@@ -36,6 +38,7 @@ RENAMED = {
     "save_steps": "save_every",
     "save_total_limit": "keep_checkpoints",
     "sequence_len": "max_length",
+    "sequence_length": "max_length",
     "target_modules": "targets",
     "train_file": "data",
     "use_gradient_checkpointing": "gradient_checkpointing",
@@ -67,6 +70,26 @@ def _only(expected: tuple[Any, ...], then: Mapping[str, Any], else_: Mapping[str
     return translate
 
 
+def _always(*same: Any) -> _Translation:
+    """A choice that is made here; another value is refused."""
+
+    def translate(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+        if value not in same:
+            raise ValueError(f"it is {value!r}; here it is {same[0]!r} in every run")
+        return {}
+
+    return translate
+
+
+def _schedule(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+    return {"schedule": "constant" if value == "constant_with_warmup" else value}
+
+
+def _compute_dtype(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    return {"dtype": known.get(str(value).removeprefix("torch."), value)}
+
+
 def _accumulation(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     micro = given.get("micro_batch", MICRO_BATCH)
     return {"batch_size": int(value) * int(micro)}
@@ -93,15 +116,26 @@ def _text_field(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
 TRANSLATED: dict[str, _Translation] = {
     "assistant_only_loss": _only((True,), {"loss": "assistant"}, {}),
     "bf16": _only((True,), {"dtype": "bf16"}, {}),
+    "bias": _always("none"),
+    "bnb_4bit_compute_dtype": _compute_dtype,
+    "bnb_4bit_quant_type": _always("nf4"),
+    "bnb_4bit_use_double_quant": _always(True),
     "completion_only_loss": _only((True,), {"loss": "completion"}, {"loss": "all"}),
     "dataset_text_field": _text_field,
     "eval_strategy": _strategy("eval_every"),
     "evaluation_strategy": _strategy("eval_every"),
+    "fp16": _only((True,), {"dtype": "fp16"}, {}),
     "gradient_accumulation_steps": _accumulation,
+    "load_best_model_at_end": _always(True),
     "load_in_4bit": _only((True,), {"quantization": "nf4"}, {"quantization": "none"}),
+    "load_in_8bit": _always(False),
     "logging_steps": _only((), {}, {}),  # every step is logged
+    "lora_bias": _always("none", False),
+    "lr_scheduler": _schedule,
+    "lr_scheduler_type": _schedule,
     "optim": _optim,
     "save_strategy": _strategy("save_every"),
+    "task_type": _always("CAUSAL_LM"),
     "train_on_inputs": _only((True,), {"loss": "all"}, {"loss": "assistant"}),
 }
 

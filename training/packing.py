@@ -19,17 +19,24 @@ class Batch:
     labels     [num_rows, length]     int64: the next token of the same document, or IGNORED
     positions  [num_rows, length]     int64: from 0 in each document; None where rows hold one each
     documents  [num_rows, length]     int64: which document of its row, padding another; or None
+    lengths    of each row's documents in order, in tokens; what is left of a row is padding
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    lengths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_learned(self) -> int:
         """Tokens that count in the loss."""
         return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_padding(self) -> int:
+        """Places of rows that hold no token."""
+        return self.ids.numel() - sum(map(sum, self.lengths))
 
     def mask(self) -> torch.Tensor | None:
         """[num_rows, 1, length, length] bool: a token sees earlier ones of its own document.
@@ -52,6 +59,7 @@ class Batch:
             labels=self.labels.to(device),
             positions=None if positions is None else positions.to(device),
             documents=None if documents is None else documents.to(device),
+            lengths=self.lengths,
         )
 
 
@@ -102,7 +110,8 @@ def collate(
     examples: Sequence[Example], rows: Sequence[Packed], pad_id: int, *, is_packed: bool
 ) -> Batch:
     """Make one pass's tensors. Masks go by length, never by id: padding may be the end of turn."""
-    longest = max(sum(len(examples[i].ids) for i in row) for row in rows)
+    lengths = tuple(tuple(len(examples[i].ids) for i in row) for row in rows)
+    longest = max(map(sum, lengths))
     ids, labels, positions, documents = (
         torch.full((len(rows), longest), fill) for fill in (pad_id, IGNORED, 0, -1)
     )
@@ -120,5 +129,5 @@ def collate(
             start = end
         positions[number, start:] = torch.arange(longest - start)
     if not is_packed:
-        return Batch(ids=ids, labels=labels)
-    return Batch(ids=ids, labels=labels, positions=positions, documents=documents)
+        return Batch(ids=ids, labels=labels, lengths=lengths)
+    return Batch(ids=ids, labels=labels, positions=positions, documents=documents, lengths=lengths)

@@ -1,6 +1,6 @@
 """What a run would do, before it does it: sizes, steps, and a sample with its loss mask."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,16 +8,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapters.rope import RopeScaling
 from training.config import TrainConfig
 from training.data import Dataset
-from training.loss import CHUNK_TOKENS
+from training.fast.choice import Choice
+from training.memory import MIB, Setting, estimate
 from training.qlora import Linears, count_trainable
 from training.render import Example
-from training.trainer import Steps
+from training.rope import run_scaling
+from training.steps import Steps
 
-MIB = 1 << 20
-_RUN_TIME_BYTES = 600 * MIB  # python, torch and its libraries
-_STATE_BYTES = {"adamw": 8, "paged_adamw": 8, "paged_adamw_8bit": 2}  # a trained number
+_USABLE = 0.9  # of free memory; the rest is for what an estimate leaves out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Plan:
     num_trainable: int
     memory: tuple[tuple[str, int], ...]  # what, bytes
     steps: Steps
+    rope: RopeScaling | None  # None: the base's own
+    kernels: Choice
     fill: float  # useful share of the tokens that are computed, padding being the rest
 
     @property
@@ -44,6 +47,7 @@ def make_plan(
     is_packed: bool,
     element_bytes: int,
     checkpointing: bool,
+    kernels: Choice,
 ) -> Plan:
     """Count and estimate. `is_packed`: 4-bit weights in memory; else NF4's values, as elements."""
     steps = Steps.plan(config, dataset.training)
@@ -52,63 +56,35 @@ def make_plan(
     num_trainable = count_trainable(config, linears)
     num_rows = min(config.micro_batch, config.batch_size)
     widest = sum(sorted(sum(lengths[i] for i in row) for row in steps.rows)[-num_rows:])
-    memory = _memory(
+    memory = estimate(
         config,
         model_config,
         linears,
-        num_trainable,
-        num_tokens=max(widest, min(num_rows, len(steps.rows)) * longest),
-        is_packed=is_packed and config.quantization == "nf4",
-        element_bytes=element_bytes,
-        checkpointing=checkpointing,
+        Setting(
+            num_trainable=num_trainable,
+            num_tokens=max(widest, min(num_rows, len(steps.rows)) * longest),
+            is_packed=is_packed and config.quantization == "nf4",
+            element_bytes=element_bytes,
+            checkpointing=checkpointing,
+            options=kernels.options,
+        ),
     )
     return Plan(
         num_trainable=num_trainable,
         memory=tuple(memory),
         steps=steps,
+        rope=run_scaling(config),
+        kernels=kernels,
         fill=sum(lengths) / (len(steps.rows) * longest),
     )
 
 
-def _memory(
-    config: TrainConfig,
-    model: Any,
-    linears: Linears,
-    num_trainable: int,
-    *,
-    num_tokens: int,
-    is_packed: bool,
-    element_bytes: int,
-    checkpointing: bool,
-) -> list[tuple[str, int]]:
-    """The estimate line by line, for one pass of `num_tokens`."""
-    num_weights = sum(out * in_ for out, in_ in linears.values())
-    weight_bytes = num_weights * 4.127 / 8 if is_packed else num_weights * element_bytes
-    num_embeddings = model.vocab_size * model.hidden_size
-    num_rest = num_embeddings * (1 if model.tie_word_embeddings else 2)
-    layer = num_tokens * (
-        (2 * model.hidden_size + 3 * model.intermediate_size) * element_bytes
-        + 4 * model.hidden_size * 4  # what LoRA casts to fp32
-    )
-    kept = num_tokens * model.hidden_size * element_bytes
-    if checkpointing:
-        activations = model.num_hidden_layers * kept + layer
-    else:
-        activations = model.num_hidden_layers * (layer + 6 * kept)
-    lines = [
-        (f"{num_weights:,} weights of linears", int(weight_bytes)),
-        (f"{num_rest:,} of embeddings and head", num_rest * element_bytes),
-        ("adapter, fp32", num_trainable * 4),
-        ("its gradients", num_trainable * 4),
-        (f"{config.optimizer}'s state", num_trainable * _STATE_BYTES[config.optimizer]),
-        (f"activations of {num_tokens:,} tokens", activations),
-        ("logits of a chunk and their gradient", 2 * CHUNK_TOKENS * model.vocab_size * 4),
-        ("run time", _RUN_TIME_BYTES),
-    ]
-    if is_packed:
-        largest = max(out * in_ for out, in_ in linears.values())
-        lines.append(("one dequantized matrix", largest * element_bytes))
-    return lines
+def first_that_fits(plans: Iterable[Plan], free_bytes: int) -> Plan:
+    """The first whose estimate leaves a tenth of the memory free; if none does, the last."""
+    for plan in plans:
+        if plan.total_bytes <= _USABLE * free_bytes:
+            break
+    return plan
 
 
 def show_data(dataset: Dataset, console: Console) -> None:
@@ -137,6 +113,8 @@ def show_plan(
         "rows in a step": f"{config.batch_size}, {config.micro_batch} in a pass",
         "learning rate": f"{config.learning_rate:g}, {config.schedule}",
         "targets": config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
+        "kernels": str(plan.kernels),
+        "RoPE": "the base's" if plan.rope is None else str(plan.rope),
     }
     console.print(_table("run", run))
     memory = {what: f"{size / MIB:,.0f} MiB" for what, size in plan.memory}

@@ -29,11 +29,11 @@ def pick_device() -> torch.device:
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it, unless the operator says otherwise."""
     if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -82,7 +82,7 @@ def load_base(
             parent, _, leaf = name.rpartition(".")
             module: Any = model.get_submodule(name)
             if is_packed:
-                module = _packed(module, dtype, device)
+                module = packed_linear(module.weight.data, dtype, device)
                 setattr(model.get_submodule(parent), leaf, module)
             else:
                 module.weight.data = nf4.quantize(module.weight.data).dequantize(dtype)
@@ -90,20 +90,21 @@ def load_base(
     return model.to(device)
 
 
-def _packed(module: torch.nn.Linear, dtype: torch.dtype, device: torch.device) -> Any:
-    """bitsandbytes' linear over the same weight; moving it to the device quantizes it."""
+def packed_linear(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> Any:
+    """bitsandbytes' linear over a weight [out, in]; moving it to the device quantizes it."""
     packed: Any = bnb_modules.Linear4bit(
-        module.in_features,
-        module.out_features,
+        weight.shape[1],
+        weight.shape[0],
         bias=False,
         compute_dtype=dtype,
         compress_statistics=True,
         quant_type="nf4",
+        device="meta",  # else it would draw a weight of its own first
     )
     # Otherwise the first evaluation repacks the weight for a kernel that has no autograd, for good.
     packed.support_avx512bf16_for_cpu = False
     packed.weight = bnb_modules.Params4bit(
-        module.weight.data,
+        weight,
         requires_grad=False,
         blocksize=nf4.GROUP_SIZE,
         compress_statistics=True,

@@ -20,6 +20,8 @@ class Example:
     ids: tuple[int, ...]
     is_learned: tuple[bool, ...]
     ends_turn: bool  # the last learned token ends a turn, so that serving stops there
+    reply_at: int | None = None  # first token of the last reply; None: none, or not all of it
+    question: str = ""  # what that reply answers, for people to read
 
     @property
     def num_learned(self) -> int:
@@ -32,7 +34,9 @@ class Example:
             return self
         learned = self.is_learned[:max_length]
         ends = self.ends_turn and not any(self.is_learned[max_length:])
-        return replace(self, ids=self.ids[:max_length], is_learned=learned, ends_turn=ends)
+        return replace(
+            self, ids=self.ids[:max_length], is_learned=learned, ends_turn=ends, reply_at=None
+        )
 
 
 class Renderer:
@@ -46,9 +50,11 @@ class Renderer:
     def example(self, document: Chat | Text) -> Example:
         """Tokenize and mask one document. Raises RowRefused where the template does."""
         if isinstance(document, Text):
-            return self._plain(document)
-        text, spans = self._chat(document)
-        return self._masked(text, spans, adds_start=False, adds_end=False)
+            return replace(self._plain(document), question=document.prompt)
+        replies = [i for i, turn in enumerate(document.messages) if turn["role"] == "assistant"]
+        text, spans, reply = self._chat(list(document.messages), replies)
+        question = document.messages[replies[-1] - 1]["content"] if replies[-1] else ""
+        return replace(self._masked(text, spans, reply, is_plain=False), question=question)
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """What the server makes of a chat request."""
@@ -58,14 +64,16 @@ class Renderer:
     def _plain(self, document: Text) -> Example:
         text = document.prompt + document.completion
         start = 0 if self._loss == "all" else len(document.prompt)
-        return self._masked(text, [(start, len(text))], adds_start=True, adds_end=True)
+        reply = len(document.prompt) if document.prompt else None
+        return self._masked(text, [(start, len(text))], reply, is_plain=True)
 
-    def _chat(self, document: Chat) -> tuple[str, list[Span]]:
-        messages = list(document.messages)
+    def _chat(
+        self, messages: list[dict[str, str]], replies: list[int]
+    ) -> tuple[str, list[Span], int | None]:
+        """The text, what is learned of it, and where the last reply begins."""
         text = self._render(messages, generate=False)
         if self._loss == "all":
-            return text, [(0, len(text))]
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            return text, [(0, len(text))], self._last_reply(messages[: replies[-1]], text)
         spans = []
         for index in replies if self._loss == "assistant" else replies[-1:]:
             before = self._render(messages[:index], generate=True)
@@ -77,7 +85,15 @@ class Renderer:
                     else "the template's generation prompt is not how it renders a reply"
                 )
             spans.append((len(before), len(through)))
-        return text, spans
+        return text, spans, spans[-1][0]
+
+    def _last_reply(self, before: list[dict[str, str]], text: str) -> int | None:
+        """Where the reply after these messages begins in `text`, if it can be told."""
+        try:
+            prompt = self._render(before, generate=True)
+        except RowRefused:  # some templates take no prompt without a question
+            return None
+        return len(prompt) if text.startswith(prompt) else None
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
         try:
@@ -88,8 +104,13 @@ class Renderer:
             raise RowRefused(f"the template refuses it: {error}") from None
         return str(text)
 
-    def _masked(self, text: str, spans: list[Span], *, adds_start: bool, adds_end: bool) -> Example:
-        """Tokenize `text` whole; learn what begins inside a span, up to the end of its turn."""
+    def _masked(
+        self, text: str, spans: list[Span], reply: int | None, *, is_plain: bool
+    ) -> Example:
+        """Tokenize `text` whole; learn what begins inside a span, up to the end of its turn.
+
+        The last reply begins at character `reply`. Plain text gets its start and end here.
+        """
         ids, offsets = self._encoded(text, [first for first, _ in spans])
         learned = [False] * len(ids)
         ends_turn = False
@@ -101,14 +122,17 @@ class Renderer:
             for i in inside:
                 learned[i] = True
             ends_turn = any(ids[i] in self.end_ids for i in inside[-2:])
+        starts = [at for at, _ in offsets]
+        reply_at = starts.index(reply) if reply in starts else None
         start = self.tokenizer.bos_token_id
-        if adds_start and self._adds_start() and ids[:1] != [start]:
+        if is_plain and self._adds_start() and ids[:1] != [start]:
             ids, learned = [start, *ids], [False, *learned]
-        if adds_end and self.tokenizer.eos_token_id is not None:
+            reply_at = None if reply_at is None else reply_at + 1
+        if is_plain and self.tokenizer.eos_token_id is not None:
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 ids, learned = [*ids, self.tokenizer.eos_token_id], [*learned, True]
             ends_turn = True
-        return Example(tuple(ids), tuple(learned), ends_turn)
+        return Example(tuple(ids), tuple(learned), ends_turn, reply_at or None)
 
     def _encoded(self, text: str, starts: list[int]) -> tuple[list[int], list[Span]]:
         """Tokens and where each begins and ends in `text`.

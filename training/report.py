@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Sequence
 
+from training.metrics import Generations
 from training.result import Outcome
 
 _WIDTH, _HEIGHT, _LEFT, _BELOW = 720, 260, 60, 30
@@ -17,6 +18,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse; margin: 1em 0 }}
 td, th {{ padding: 2px 14px 2px 0; text-align: left; vertical-align: top }}
+.columns td {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 svg {{ width: 100%; height: auto }}
 svg text {{ font: 12px system-ui, sans-serif; fill: currentColor }}
 .axis {{ stroke: currentColor; stroke-opacity: .25 }}
@@ -54,6 +56,7 @@ def html_report(outcome: Outcome) -> str:
         )
     body = [
         _table(figures),
+        *_answers(outcome.generations),
         "<h2>Loss</h2>",
         "<p>Blue: each step's own rows. Orange: held out.</p>",
         svg_chart([("training", training), ("evaluation", evaluation)], "loss of a token"),
@@ -94,6 +97,31 @@ def svg_chart(series: Sequence[tuple[str, Sequence[Point]]], label: str) -> str:
             path = " ".join(place(point) for point in line)
             parts.append(f'<polyline class="{name}" points="{path}"/>')
     return "\n".join([*parts, "</svg>"])
+
+
+def _answers(generations: Generations | None) -> list[str]:
+    """Scores and answers of base and adapter."""
+    if generations is None:
+        return []
+    scores = [
+        (name, f"{before:.3g}", f"{generations.after[name]:.3g}")
+        for name, before in generations.before.items()
+    ]
+    answers = [(s.question, s.before, s.after, s.reference) for s in generations.samples]
+    return [
+        "<h2>Answers</h2>",
+        f"<p>Greedy, to {html.escape(generations.rows)}.</p>",
+        _columns(("", "base", "adapter"), scores),
+        _columns(("question", "base", "adapter", "reference"), answers),
+    ]
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a head."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="columns"><tr>{head}</tr>{body}</table>'
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

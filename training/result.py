@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from adapters.manifest import BaseShape
 from training.checkpoint import RunState
 from training.config import TrainConfig
 from training.data import Dataset
+from training.metrics import Generations
+from training.progress import shortened
 from training.qlora import trained
 from training.render import Renderer
+from training.rope import run_scaling
 
 CARD_FILE, REPORT_FILE = "README.md", "report.html"
 RESULT_FILES = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, CARD_FILE, REPORT_FILE)
 PROBE = [{"role": "user", "content": "What is the capital of France?"}]
+_NUM_SAMPLES, _CELL_WIDTH = 5, 200  # of the card's table of answers
 _VERSIONS = ("turnout", "torch", "transformers", "peft", "bitsandbytes")
 
 _CARD = """---
@@ -42,9 +47,10 @@ What it is for and what it must not be used for: fill in.
 | trained on | {quantization}, activations in {dtype} |
 | data | {num_training:,} rows, {num_evaluation:,} held out; fingerprint `{fingerprint}` |
 | adapter | rank {rank}, alpha {alpha:g}{kind}, on {targets}; {num_trainable:,} parameters |
+| RoPE | {rope} |
 | run | {steps:,} steps of {batch_size} rows, {learning_rate:g} {schedule}, seed {seed} |
 | held-out loss | {loss} |
-
+{answers}
 ## Prompt format
 
 The base's own chat template. A question comes to the model as
@@ -70,6 +76,7 @@ class Outcome:
     config: TrainConfig
     dataset: Dataset
     state: RunState
+    generations: Generations | None
     base_digest: str
     dtype: str
     estimated_bytes: int
@@ -120,11 +127,17 @@ def sidecar(outcome: Outcome, renderer: Renderer, num_trainable: int) -> dict[st
         "steps": state.step,
         "best_step": state.best_step or None,
         "held_out_loss": state.best_loss,
+        "generations": _scores(outcome.generations),
+        "num_processes": state.num_processes,
         "versions": {name: version(name) for name in _VERSIONS},
         "memory": {"estimated": outcome.estimated_bytes, "peak": outcome.peak_bytes},
         "settings": _settings(config),
     }
-    return {"format": 1, "rope": dict(shape.rope), "chat_template": None, "training": training}
+    scaling = run_scaling(config)
+    rope = dict(shape.rope)
+    if scaling is not None:
+        rope = scaling.as_parameters(float(rope["rope_theta"]))
+    return {"format": 1, "rope": rope, "chat_template": None, "training": training}
 
 
 def model_card(outcome: Outcome, renderer: Renderer, num_trainable: int) -> str:
@@ -151,12 +164,14 @@ def model_card(outcome: Outcome, renderer: Renderer, num_trainable: int) -> str:
         kind=kinds,
         targets=config.targets if isinstance(config.targets, str) else ", ".join(config.targets),
         num_trainable=num_trainable,
+        rope=run_scaling(config) or "the base's",
         steps=state.step,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         schedule=config.schedule,
         seed=config.seed,
         loss=_loss_in_words(state),
+        answers=_answers(outcome.generations),
         prompt=_indented(prompt),
         settings=_indented(_as_yaml(config)),
     )
@@ -167,6 +182,34 @@ def _loss_in_words(state: RunState) -> str:
         return "nothing was held out"
     before = f"; {state.evaluations[0]['loss']:.4f} before" if state.evaluations else ""
     return f"{state.best_loss:.4f}, at step {state.best_step}{before}"
+
+
+def _scores(generations: Generations | None) -> dict[str, Any] | None:
+    if generations is None:
+        return None
+    count, is_held_out = len(generations.samples), generations.is_held_out
+    scores = {"base": dict(generations.before), "adapter": dict(generations.after)}
+    return {"count": count, "is_held_out": is_held_out, **scores}
+
+
+def _answers(generations: Generations | None) -> str:
+    """The card's section on what base and adapter answer."""
+    if generations is None:
+        return ""
+    lines = ["", "## Answers", "", f"Greedy, to {generations.rows}.", ""]
+    lines += ["| | base | adapter |", "| --- | --- | --- |"]
+    for name, before in generations.before.items():
+        lines.append(f"| {name} | {before:.3g} | {generations.after[name]:.3g} |")
+    lines += ["", "| question | base | adapter | reference |", "| --- | --- | --- | --- |"]
+    for sample in generations.samples[:_NUM_SAMPLES]:
+        cells = (sample.question, sample.before, sample.after, sample.reference)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(text: str) -> str:
+    """Text as it is in a cell of Markdown: no markup of its own."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", shortened(text, _CELL_WIDTH))
 
 
 def _settings(config: TrainConfig) -> Mapping[str, Any]:

@@ -22,6 +22,10 @@ class RowRefused(ValueError):
     """This row cannot be learned from; the run goes on without it."""
 
 
+class NoLabel(RowRefused):
+    """It holds a question, and nothing to be learned as the answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation, to be rendered with the base's template."""
@@ -58,7 +62,8 @@ def to_document(row: Row, kind: str, system: str | None) -> Chat | Text:
         kind = _kind(row)
     missing = [field for field in _FIELDS[kind] if row.get(field) in (None, "")]
     if missing:
-        raise RowRefused(f"{' and '.join(missing)} missing or empty")
+        kind_of_refusal = NoLabel if missing in (["output"], ["completion"]) else RowRefused
+        raise kind_of_refusal(f"{' and '.join(missing)} missing or empty")
     if kind == "chat":
         return Chat(_messages(row["messages"], system))
     if kind == "instruction":
@@ -103,7 +108,7 @@ def _messages(turns: Any, system: str | None) -> tuple[dict[str, str], ...]:
         if not isinstance(turn.get("content"), str):
             raise RowRefused("a message's content is not a text")
     if not any(turn["role"] == "assistant" for turn in turns):
-        raise RowRefused("no message of the assistant")
+        raise NoLabel("no message of the assistant")
     known = [_turn(turn["role"], turn["content"]) for turn in turns]
     if system is not None and known[0]["role"] != "system":
         known.insert(0, _turn("system", system))
@@ -158,10 +163,13 @@ def _parquet(path: Path) -> Iterator[Row | RowRefused]:
 
 
 def _datasets_folder(path: Path) -> Iterator[Row | RowRefused]:
-    found = _optional("datasets", path).load_from_disk(str(path))
+    """What `save_to_disk` wrote, or a copy of a repository of data files."""
+    datasets = _optional("datasets", path)
+    is_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    found = datasets.load_from_disk(str(path)) if is_saved else datasets.load_dataset(str(path))
     if hasattr(found, "keys"):  # one of several splits
         if "train" not in found:
-            raise ValueError(f"{path} holds the splits {', '.join(found)}; name the folder of one")
+            raise ValueError(f"{path} holds the splits {', '.join(found)}; name the file of one")
         found = found["train"]
     for row in found:
         yield dict(row)

@@ -1,6 +1,5 @@
 """`turnout train`: settings in, a folder with an adapter out."""
 
-import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoTokenizer
@@ -20,12 +19,18 @@ from adapters.registry import NAME
 from training.checkpoint import CHECKPOINTS, RunState
 from training.config import TrainConfig, make_config, parse_options, read_settings
 from training.data import Dataset, load_dataset
+from training.distributed import Group, start
+from training.fast.choice import choices
+from training.metrics import Generations, compare, missing_libraries
 from training.old_names import field_of
-from training.plan import Plan, make_plan, show_data, show_plan
+from training.plan import Plan, first_that_fits, make_plan, show_data, show_plan
+from training.progress import Display, peak_bytes, show_generations
 from training.qlora import add_adapter, find_linears, load_base, pick_device, pick_dtype, skeleton
 from training.render import Renderer, end_ids
 from training.report import html_report
 from training.result import REPORT_FILE, RESULT_FILES, Outcome, write_adapter
+from training.rope import apply_scaling
+from training.tracking import TENSORBOARD, Tracking, chosen
 from training.trainer import Trainer
 
 
@@ -42,9 +47,13 @@ class Prepared:
 
 
 def settings_of(
-    file: Path | None, given: dict[str, Any], words: list[str], default_base: Callable[[], Path]
+    file: Path | None,
+    given: dict[str, Any],
+    words: list[str],
+    default_base: Callable[[], Path],
+    console: Console,
 ) -> TrainConfig:
-    """The config: the file's settings, over them the command line's; hints go to stderr."""
+    """The config: the file's settings, over them the command line's; hints go to the console."""
     over = {name: value for name, value in given.items() if value is not None}
     over |= parse_options(words)
     is_over = {field_of(name) for name in over}
@@ -55,12 +64,13 @@ def settings_of(
         settings["base"] = default_base()
     config, hints = make_config(settings)
     for hint in hints:
-        Console(stderr=True).print(f"hint: {hint}", style="yellow", markup=False)
+        console.print(f"hint: {hint}", style="yellow", markup=False)
     return config
 
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read base and data and plan the run; nothing is written and no weight is loaded."""
+    chosen(config)  # refuses a tracker that is not installed
     empty = skeleton(config.base)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
@@ -68,15 +78,21 @@ def prepare(config: TrainConfig) -> Prepared:
     renderer = Renderer(tokenizer, end_ids(config.base, tokenizer), config.loss)
     dataset = load_dataset(config, renderer)
     checkpointing = config.gradient_checkpointing
-    plan = make_plan(
-        config,
-        dataset,
-        empty.config,
-        find_linears(empty),
-        is_packed=device.type == "cuda",
-        element_bytes=dtype.itemsize,
-        checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
+    plans = (
+        make_plan(
+            config,
+            dataset,
+            empty.config,
+            find_linears(empty),
+            is_packed=device.type == "cuda",
+            element_bytes=dtype.itemsize,
+            checkpointing=device.type == "cuda" if checkpointing is None else checkpointing,
+            kernels=choice,
+        )
+        for choice in choices(config, empty.config, dtype, device)
     )
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    plan = first_that_fits(plans, free_bytes)
     return Prepared(
         config=config, renderer=renderer, dataset=dataset, plan=plan, device=device, dtype=dtype
     )
@@ -87,59 +103,121 @@ def show(prepared: Prepared, console: Console) -> None:
     show_data(prepared.dataset, console)
     sample, tokenizer = prepared.dataset.training[0], prepared.renderer.tokenizer
     show_plan(prepared.plan, prepared.config, sample, tokenizer, console)
+    if prepared.config.eval_generations:
+        for missing in missing_libraries():
+            console.print(f"note: {missing}", style="yellow", markup=False)
+    if prepared.config.report_to == "auto" and not chosen(prepared.config):
+        console.print("note: no TensorBoard files: it is not installed", style="yellow")
 
 
 def train(
-    prepared: Prepared, base_digest: str, console: Console, *, resume: bool, overwrite: bool
+    prepared: Prepared,
+    base_digest: str,
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+    group: Group = Group(),  # noqa: B008  frozen
 ) -> Outcome:
     """Run to the end and write the result into the config's `out`."""
     config = prepared.config
-    claim(config.out, resume=resume, overwrite=overwrite)
+    if group.is_first:
+        claim(config.out, resume=resume, overwrite=overwrite)
     disable_progress_bar()  # transformers' own
-    tokenizer = prepared.renderer.tokenizer
-    with console.status("Loading the base"):
-        base = load_base(config.base, config.quantization, prepared.dtype, prepared.device)
-        model = add_adapter(base, config)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with progress:
-        bar = progress.add_task("Training", total=prepared.plan.steps.total, figures="")
-        trainer = Trainer(
-            config,
-            model,
-            prepared.dataset,
-            pad_id=tokenizer.pad_token_id or 0,
-            device=prepared.device,
-            say=lambda text: console.print(text, style="yellow", markup=False),
-            on_step=lambda state: progress.update(
-                bar, completed=state.step, figures=figures(state, prepared.device)
-            ),
-        )
-        if resume and trainer.resume():
-            console.print(f"Going on after step {trainer.state.step}")
-            progress.update(bar, completed=trainer.state.step)
-        state = trainer.run()
+    with Tracking(config, chosen(config) if group.is_first else ()) as tracking:
+        for where in tracking.where:
+            console.print(where, markup=False, soft_wrap=True)
+        with console.status("Loading the base"):
+            model = _model(prepared)
+        with Display(console, prepared.device, prepared.plan.steps.total) as display:
+            trainer = _trainer(model, prepared, group, display, tracking)
+            if resume and trainer.resume():
+                display.resumed(trainer.state.step)
+            state = trainer.run()
+            group.leave()  # the first process has a while to go
+            tracking.update(state)  # all of it, where a run was resumed at its end
+            peak = peak_bytes(prepared.device)
+            generations = _generations(model, prepared, display) if group.is_first else None
+        if generations is not None:
+            tracking.log({f"eval/{k}": v for k, v in generations.after.items()}, state.step)
     if state.is_stopped:
         console.print(f"Stopped at step {state.step}: no better since step {state.best_step}")
     outcome = Outcome(
         config=config,
         dataset=prepared.dataset,
         state=state,
+        generations=generations,
         base_digest=base_digest,
         dtype=str(prepared.dtype).removeprefix("torch."),
         estimated_bytes=prepared.plan.total_bytes,
-        peak_bytes=peak_bytes(prepared.device),
+        peak_bytes=peak,
     )
-    write_adapter(model, outcome, prepared.renderer)
-    (config.out / REPORT_FILE).write_text(html_report(outcome), encoding="utf-8")
+    if group.is_first:
+        write_adapter(model, outcome, prepared.renderer)
+        (config.out / REPORT_FILE).write_text(html_report(outcome), encoding="utf-8")
+    if generations is not None:
+        show_generations(generations, console)
     return outcome
+
+
+def _model(prepared: Prepared) -> PeftModel:
+    """The base with a new adapter over it."""
+    config = prepared.config
+    base = load_base(config.base, config.quantization, prepared.dtype, prepared.device)
+    apply_scaling(base, prepared.plan.rope)
+    return add_adapter(base, config)
+
+
+def _trainer(
+    model: PeftModel, prepared: Prepared, group: Group, display: Display, tracking: Tracking
+) -> Trainer:
+    """A trainer whose steps are shown and tracked."""
+
+    def on_step(state: RunState) -> None:
+        display.update(state)
+        tracking.update(state)
+
+    return Trainer(
+        prepared.config,
+        model,
+        prepared.dataset,
+        pad_id=prepared.renderer.tokenizer.pad_token_id or 0,
+        device=prepared.device,
+        say=display.say,
+        on_step=on_step,
+        group=group,
+    )
+
+
+def train_in_processes(
+    num_processes: int, config: TrainConfig, base_digest: str, *, resume: bool, overwrite: bool
+) -> None:
+    """The same in several processes of this host, with a GPU each where there are any."""
+    start(num_processes, _train_one, config, base_digest, resume, overwrite)
+
+
+def _train_one(
+    group: Group, config: TrainConfig, base_digest: str, resume: bool, overwrite: bool
+) -> None:
+    console = Console(quiet=not group.is_first)
+    prepared = prepare(config)
+    train(prepared, base_digest, console, resume=resume, overwrite=overwrite, group=group)
+
+
+def _generations(model: PeftModel, prepared: Prepared, display: Display) -> Generations | None:
+    """What base and adapter answer, if anything is to be asked."""
+    config = prepared.config
+    if not config.eval_generations:
+        return None
+    return compare(
+        model,
+        prepared.renderer,
+        prepared.dataset,
+        count=config.eval_generations,
+        max_tokens=config.generation_tokens,
+        seed=config.seed,
+        on_answer=display.answered,
+    )
 
 
 def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -147,35 +225,18 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {str(out)!r}, which is no folder")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    foreign = sorted(held - {CHECKPOINTS, *RESULT_FILES})
+    folders = {CHECKPOINTS, TENSORBOARD}
+    foreign = sorted(held - {*folders, *RESULT_FILES})
     if foreign:
         raise ValueError(f"{out} holds {foreign[0]}, which no run wrote; choose another folder")
     if held and not resume:
         if not overwrite:
             raise ValueError(f"{out} holds a run; --resume goes on there, --overwrite replaces it")
-        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-        for name in held - {CHECKPOINTS}:
+        for name in folders:
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in held - folders:
             (out / name).unlink()
     out.mkdir(parents=True, exist_ok=True)
-
-
-def figures(state: RunState, device: torch.device) -> str:
-    """The latest step in a few words."""
-    last = state.history[-1]
-    recent = state.history[-10:]
-    speed = sum(r["tokens"] for r in recent) / max(1e-9, sum(r["seconds"] for r in recent))
-    text = f"loss {last['loss']:.3f}"
-    if state.evaluations:
-        text += f" (held out {state.evaluations[-1]['loss']:.3f})"
-    memory = peak_bytes(device) / 2**30
-    return f"{text}  lr {last['learning_rate']:.1e}  {speed:,.0f} tok/s  {memory:.1f} GiB"
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_name(name: str | None) -> None:

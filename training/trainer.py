@@ -1,12 +1,11 @@
 """The training loop: a run is a function of its config and data, however often it is killed."""
 
+import contextlib
 import hashlib
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,54 +15,28 @@ from peft import PeftModel
 from training.checkpoint import CHECKPOINTS, Checkpoint, CheckpointFolder, RunState, Tensors
 from training.config import TrainConfig
 from training.data import Dataset
+from training.distributed import Group
+from training.fast.choice import Choice, choices
+from training.fast.flat import flatten
+from training.fast.model import FastModel
 from training.loss import add_noise, summed_loss
-from training.packing import Packed, collate, epoch_order, group_lengths, pack
+from training.packing import Batch, Packed, collate, epoch_order, group_lengths
 from training.qlora import trained
-from training.render import Example
+from training.steps import Steps
 
 OnStep = Callable[[RunState], None]
 Say = Callable[[str], None]
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """How a run divides into optimizer steps."""
-
-    rows: tuple[Packed, ...]  # of one epoch
-    per_epoch: int
-    total: int
-    warmup: int
-
-    @classmethod
-    def plan(cls, config: TrainConfig, examples: tuple[Example, ...]) -> "Steps":
-        """Pack where asked, and count."""
-        lengths = [len(example.ids) for example in examples]
-        rows = (
-            pack(lengths, config.max_length)
-            if config.packing
-            else [(i,) for i in range(len(lengths))]
-        )
-        per_epoch = math.ceil(len(rows) / config.batch_size)
-        total = config.max_steps or per_epoch * config.epochs
-        warmup = config.warmup * total if config.warmup < 1 else config.warmup
-        return cls(rows=tuple(rows), per_epoch=per_epoch, total=total, warmup=math.ceil(warmup))
-
-    def rate(self, step: int, schedule: str) -> float:
-        """The learning rate of a step as a factor of the highest: never 0, never above 1."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if schedule == "constant":
-            return 1.0
-        done = (step - self.warmup) / max(1, self.total - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+_FIRST_SCALE = 2.0**16  # of the loss in fp16; halved where gradients overflow,
+_SCALE_STEPS = 1000  # and doubled after so many steps, up to where it was
 
 
 class Trainer:
     """Owns the adapter's weights, their optimizer and the run's state.
 
     Invariant: after `step` steps all three, bit for bit on a CPU, are what config and data give;
-    each step seeds its own randomness, so nothing else need be kept.
+    each step seeds its own randomness, so nothing else need be kept. Where several processes train,
+    all of them hold the same; each computes a share of the rows, and the first one writes.
     """
 
     def __init__(
@@ -76,7 +49,14 @@ class Trainer:
         device: torch.device,
         say: Say = lambda _: None,
         on_step: OnStep = lambda _: None,
+        group: Group = Group(),  # noqa: B008  frozen
+        kernels: Choice | None = None,  # None: those that take the least memory
     ) -> None:
+        if group.size > config.batch_size:
+            raise ValueError(
+                f"batch_size is {config.batch_size}: too few rows for {group.size} processes"
+            )
+        self._group = group
         self._config, self._model, self._data = config, model, dataset
         self._pad_id, self._device, self._say, self._on_step = pad_id, device, say, on_step
         causal: Any = model.base_model.model
@@ -85,14 +65,21 @@ class Trainer:
         self.steps = Steps.plan(config, dataset.training)
         self._lengths = [len(example.ids) for example in dataset.training]
         self._weights = trained(model)
-        self._optimizer = make_optimizer(config, list(self._weights.values()))
+        self._flat = flatten(list(self._weights.values()))
+        self._optimizer = make_optimizer(config, [self._flat])
         self._folder = CheckpointFolder(config.out / CHECKPOINTS, config.keep_checkpoints)
-        self.state = RunState(micro_batch=min(config.micro_batch, config.batch_size))
+        self.state = RunState(
+            micro_batch=min(config.micro_batch, math.ceil(config.batch_size / group.size)),
+            loss_scale=_FIRST_SCALE if causal.dtype == torch.float16 else 1.0,
+            num_processes=group.size,
+        )
         self._best: Tensors | None = None
         if config.neftune_alpha:
             add_noise(self._causal, config.neftune_alpha)
+        choice = kernels or choices(config, causal.config, causal.dtype, device)[-1]
+        self._fast = None if choice.options is None else FastModel(causal, choice.options)
         is_saving = config.gradient_checkpointing
-        if device.type == "cuda" if is_saving is None else is_saving:
+        if self._fast is None and (device.type == "cuda" if is_saving is None else is_saving):
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 # Its new name, activation_checkpointing_enable, is younger than what we support.
                 causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -102,7 +89,11 @@ class Trainer:
         found = self._folder.load(self._fingerprint())
         if found is None:
             return False
+        before, now = found.state.num_processes, self._group.size
+        if before != now:
+            self._say(f"begun in {before} processes, now in {now}: sums differ by rounding")
         self.state, self._best = found.state, found.best
+        self.state.num_processes = now
         self._put(found.adapter)
         self._optimizer.load_state_dict(found.optimizer)
         return True
@@ -127,18 +118,24 @@ class Trainer:
 
     def held_out_loss(self) -> float:
         """Mean loss of a held-out token, every row padded alone: what serving sees."""
+        total, count = self._group.sum(self._shrinking(self._held_out_sums))
+        return total / count
+
+    def _held_out_sums(self) -> list[float]:
+        """This process's share of the held-out loss and tokens."""
         self._model.eval()
         total, count = 0.0, 0
         rows = [(i,) for i in range(len(self._data.evaluation))]
         rows.sort(key=lambda row: len(self._data.evaluation[row[0]].ids))
+        rows = self._group.share(rows)
         with torch.no_grad():
             for start in range(0, len(rows), self.state.micro_batch):
                 chosen = rows[start : start + self.state.micro_batch]
                 batch = collate(self._data.evaluation, chosen, self._pad_id, is_packed=False)
                 count += batch.num_learned
-                total += float(summed_loss(self._causal, batch.to(self._device)))
+                total += float(self._summed_loss(batch))
         self._model.train()
-        return total / count
+        return [total, count]
 
     def _step(self) -> None:
         """One optimizer step."""
@@ -146,13 +143,10 @@ class Trainer:
         started = time.perf_counter()
         rows = self._rows_of(state.step)
         self._model.train()
-        loss, num_tokens, num_learned = self._shrinking(lambda: self._gradients(rows))
+        loss, norm = self._finite_gradients(rows)
         rate = config.learning_rate * self.steps.rate(state.step, config.schedule)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._weights.values(), config.max_grad_norm or math.inf
-        )
         self._optimizer.step()
         state.step += 1
         state.history.append(
@@ -160,25 +154,61 @@ class Trainer:
                 "step": state.step,
                 "loss": loss,
                 "learning_rate": rate,
-                "grad_norm": float(norm),
-                "tokens": num_tokens,
-                "learned": num_learned,
+                "grad_norm": norm,
+                "tokens": sum(self._lengths[i] for row in rows for i in row),
+                "learned": self._num_learned(rows),
                 "seconds": time.perf_counter() - started,
             }
         )
 
-    def _shrinking(self, work: Callable[[], Result]) -> Result:
-        """Do the work, again with half the rows in a pass for as long as memory runs out."""
+    def _finite_gradients(self, rows: list[Packed]) -> tuple[float, float]:
+        """Leave the step's clipped gradients in the weights; return the loss and their norm.
+
+        In fp16 the loss is scaled up, so that small gradients do not vanish; where that makes
+        others overflow, the scale is halved and the step done again.
+        """
+        state, weights = self.state, [self._flat]
+        share, num_learned = self._group.share(rows), self._num_learned(rows)
+        if state.step % _SCALE_STEPS == 0 and state.loss_scale != 1:
+            state.loss_scale = min(2 * state.loss_scale, _FIRST_SCALE)
         while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                if self.state.micro_batch == 1:
-                    raise ValueError(
-                        f"memory is too small for one row of {self._config.max_length} tokens; "
-                        "lower max_length, or set gradient_checkpointing"
-                    ) from None
-                self.state.micro_batch //= 2
+            mine = self._shrinking(lambda: self._gradients(share, num_learned))
+            (loss,) = self._group.sum([mine])
+            self._group.sum_gradients(weights)
+            if state.loss_scale != 1:
+                for weight in weights:
+                    assert weight.grad is not None
+                    weight.grad /= state.loss_scale
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(weights, self._config.max_grad_norm or math.inf)
+            )
+            if math.isfinite(loss) and math.isfinite(norm):
+                return loss, norm
+            if state.loss_scale <= 1:
+                raise ValueError(
+                    f"the loss of step {state.step + 1} is {loss} and its gradient {norm}: lower "
+                    f"learning_rate (now {self._config.learning_rate:g}), or set dtype to fp32"
+                )
+            state.loss_scale /= 2
+
+    def _shrinking(self, work: Callable[[], Result]) -> Result:
+        """Do the work, again with half the rows in a pass for as long as memory runs out.
+
+        Where it runs out in one of several processes, all of them begin again.
+        """
+        while True:
+            found: Result | None = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                found = work()
+            if not self._group.agree(found is None):
+                assert found is not None
+                return found
+            if self.state.micro_batch == 1:
+                raise ValueError(
+                    f"memory is too small for one row of {self._config.max_length} tokens; "
+                    "lower max_length, or set gradient_checkpointing"
+                )
+            self.state.micro_batch //= 2
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             self._say(
@@ -186,31 +216,36 @@ class Trainer:
                 f"still has {self._config.batch_size}"
             )
 
-    def _gradients(self, rows: list[Packed]) -> tuple[float, int, int]:
-        """Leave the gradients of the step's mean loss in the weights; loss, tokens, learned ones.
+    def _gradients(self, rows: list[Packed], num_learned: int) -> float:
+        """Leave these rows' part of the step's gradients in the weights; return that of its loss.
 
-        Every learned token of the step weighs the same, however the rows are cut into passes.
+        Every learned token of the step, `num_learned` in all processes, weighs the same, however
+        the rows are cut into passes.
         """
-        self._optimizer.zero_grad()
-        torch.manual_seed((self._config.seed * 1_000_003 + self.state.step) % 2**63)
-        size = self.state.micro_batch
-        batches = [
-            collate(
-                self._data.training,
-                rows[start : start + size],
-                self._pad_id,
-                is_packed=self._config.packing,
+        assert self._flat.grad is not None
+        self._flat.grad.zero_()
+        seed = self._config.seed * 1_000_003 + self.state.step + self._group.number * 2**40
+        torch.manual_seed(seed % 2**63)
+        size, total = self.state.micro_batch, torch.zeros((), device=self._device)
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
+            batch = collate(
+                self._data.training, chosen, self._pad_id, is_packed=self._config.packing
             )
-            for start in range(0, len(rows), size)
-        ]
-        num_learned = sum(batch.num_learned for batch in batches)
-        total = 0.0
-        for batch in batches:
-            loss = summed_loss(self._causal, batch.to(self._device)) / num_learned
-            loss.backward()
-            total += loss.item()
-        num_tokens = sum(self._lengths[i] for row in rows for i in row)
-        return total, num_tokens, num_learned
+            loss = self._summed_loss(batch) / num_learned
+            with torch.autograd.set_multithreading_enabled(False):  # one thread, one workspace
+                (loss * self.state.loss_scale).backward()
+            total += loss.detach()
+        return float(total)  # not earlier: the host would wait for every pass
+
+    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+        """By the kernels that were chosen, from a batch on the host."""
+        if self._fast is not None:
+            return self._fast.summed_loss(batch)
+        return summed_loss(self._causal, batch.to(self._device))
+
+    def _num_learned(self, rows: list[Packed]) -> int:
+        return sum(self._data.training[i].num_learned for row in rows for i in row)
 
     def _rows_of(self, step: int) -> list[Packed]:
         """The rows of one step, from seed, epoch and step alone."""
@@ -226,7 +261,7 @@ class Trainer:
         if not self._data.evaluation:
             return
         state = self.state
-        loss = self._shrinking(self.held_out_loss)
+        loss = self.held_out_loss()
         state.evaluations.append({"step": state.step, "loss": loss, "perplexity": math.exp(loss)})
         if state.step and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
@@ -235,8 +270,10 @@ class Trainer:
             state.num_worse += 1
             state.is_stopped = 0 < self._config.patience <= state.num_worse
 
-    def _save(self) -> Path:
-        return self._folder.save(
+    def _save(self) -> None:
+        if not self._group.is_first:
+            return
+        self._folder.save(
             Checkpoint(
                 fingerprint=self._fingerprint(),
                 state=self.state,
@@ -260,6 +297,7 @@ class Trainer:
     def _fingerprint(self) -> str:
         """Of all that decides the outcome; where it is written and kept does not."""
         free = {"out", "data", "eval_data", "base", "keep_checkpoints", "save_every", "save_dtype"}
+        free |= {"eval_generations", "generation_tokens", "report_to"}
         settings = self._config.model_dump_json(exclude=free)
         return hashlib.sha256(f"{settings}{self._data.fingerprint}".encode()).hexdigest()
 

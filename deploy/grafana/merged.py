@@ -11,6 +11,7 @@ from deploy.grafana.queries import (
     quantile,
     rate,
     select,
+    total,
 )
 
 _PATHS = ("adapter", "merged")
@@ -22,7 +23,7 @@ def merged() -> Dashboard:
         uid="turnout-merged",
         title="Turnout: Merged against adapter",
         says="The two ways of serving an adapter beside each other. 0 where one was not taken.",
-        rows=(_gain(), _latency(), _traffic()),
+        rows=(_gain(), _latency(), _traffic(), _promotions()),
         variables=(variable("adapter", "Adapter", "turnout_adapter_requests_total"),),
     )
 
@@ -147,6 +148,37 @@ def _traffic() -> Row:
                 unit="percentunit",
                 width=12,
                 limits=(0.8, 0.95),
+            ),
+        ),
+    )
+
+
+def _promotions() -> Row:
+    ended = rate("turnout_promotions_total", by="result", window="1h")
+    return Row(
+        "Promotions",
+        (
+            Panel(
+                title="Under way",
+                says="One works at a time; the others wait for it.",
+                queries=(Query(total("turnout_promotion_running", by="instance"), "{{instance}}"),),
+            ),
+            Panel(
+                title="Ended, an hour",
+                says="failed: `turnout promote NAME --wait` and the job's log say why.",
+                queries=(Query(f"{ended} * 3600", "{{result}}"),),
+                stacked=True,
+            ),
+            Panel(
+                title="Merged models in the engine",
+                says="Bytes of the checkpoint of each weight set beside the base.",
+                queries=(
+                    Query(
+                        total("turnout_weight_set_bytes", OF_ADAPTER, by="adapter"), "{{adapter}}"
+                    ),
+                ),
+                unit="bytes",
+                stacked=True,
             ),
         ),
     )

@@ -40,7 +40,9 @@ async def list_adapters(request: Request) -> Response:
 async def get_adapter(request: Request) -> Response:
     """One adapter and what it points to."""
     services = services_of(request)
-    return JSONResponse(_adapter(services, services.registry.get(request.path_params["name"])))
+    adapter = services.registry.get(request.path_params["name"])
+    card = None if adapter.current is None else await services.promoter.card(adapter.current)
+    return JSONResponse({**_adapter(services, adapter), "promotion": card})
 
 
 async def list_revisions(request: Request) -> Response:
@@ -176,10 +178,16 @@ async def _push(
 ) -> Response:
     before = _current(services, body.name)
     revision = await asyncio.to_thread(
-        services.registry.push, body.name, folder, publish=body.publish, idempotency_key=key
+        services.registry.push,
+        body.name,
+        folder,
+        publish=body.publish,
+        idempotency_key=key,
+        allow_mismatch=body.allow_mismatch,
     )
     reply = _adapter(services, services.registry.get(body.name))
     reply["revision"] = _revision(services, revision)
+    reply["mismatches"] = revision.source.get("mismatches", {})
     reply["loaded"] = False
     if body.publish:
         await follow_pin(services, body.name, before, revision)

@@ -15,20 +15,27 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from adapters.registry import Registry
-from server.api import adapters, health, models
+from server.api import adapters, health, models, promotion
 from server.api.admission import Admission
 from server.api.auth import Authenticator, check_listen, load_keys
 from server.api.auth import Scope as KeyScope
 from server.api.chat import chat_completions
 from server.api.completions import completions
+from server.api.merged import MergedRoutes
 from server.api.outermost import Outermost, http_exception
+from server.api.popularity import Popularity
 from server.api.ports import Engine
+from server.api.promoter import Promoter
 from server.api.residency import EngineDropper, restore_pins
 from server.api.services import Services, services_of
 from server.api.tokenizer import TextCodec
 from server.api.upload import upload_root
+from server.api.weight_sets import MergedPath, WeightSets
 from server.config import Config
 from server.metrics import Metrics
+from server.promotion.jobs import Jobs
+from server.promotion.memory import weight_set_bytes
+from server.promotion.step_times import read_step_times
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -44,12 +51,15 @@ def create_app(
     metrics: Metrics,
     *,
     dropper: EngineDropper | None = None,
+    merged: MergedPath | None = None,
+    jobs: Jobs | None = None,
 ) -> Starlette:
     """Build the application. `dropper` is the registry's `on_free`; it wakes with the lifespan.
 
-    Raises ValueError for a host that needs keys, or a keys file that is wrong.
+    Raises ValueError for a host that needs keys, a keys file or step times that are wrong.
     """
     check_listen(config.server)
+    merged = merged or MergedRoutes(engine)
     keys = None if config.server.api_keys is None else load_keys(config.server.api_keys)
     services = Services(
         config=config,
@@ -59,6 +69,8 @@ def create_app(
         metrics=metrics,
         admission=Admission(config.server.max_waiting, config.server.max_waiting_per_tenant),
         authenticator=Authenticator(keys),
+        promoter=_promoter(config, engine, registry, metrics, merged, jobs),
+        merged=merged,
     )
 
     @contextlib.asynccontextmanager
@@ -70,6 +82,7 @@ def create_app(
         tasks = [
             asyncio.create_task(_watch_engine(services)),
             asyncio.create_task(_count_usage(services)),
+            asyncio.create_task(services.promoter.run()),
         ]
         yield
         for task in tasks:
@@ -78,6 +91,22 @@ def create_app(
         await services.register_usage()
 
     return _Application(services, lifespan)
+
+
+def _promoter(
+    config: Config,
+    engine: Engine,
+    registry: Registry,
+    metrics: Metrics,
+    merged: MergedPath,
+    jobs: Jobs | None,
+) -> Promoter:
+    sets = WeightSets(registry, engine, metrics, merged)
+    times = read_step_times(config.promotion.step_times)
+    num_bytes = weight_set_bytes(config.model.path)
+    popularity = Popularity(config.promotion, registry, metrics, sets, times, num_bytes)
+    jobs = jobs or Jobs(registry.root)
+    return Promoter(config, engine, registry, metrics, jobs, sets, popularity)
 
 
 class _Application(Starlette):
@@ -117,6 +146,11 @@ def _routes() -> list[Route]:
         route(f"{one}/rollback", adapters.rollback_adapter, "POST", "adapters"),
         route(f"{one}/pin", adapters.pin_adapter, "POST", "adapters"),
         route(f"{one}/unpin", adapters.unpin_adapter, "POST", "adapters"),
+        route(f"{one}/promote", promotion.promote_adapter, "POST", "adapters"),
+        route(f"{one}/demote", promotion.demote_adapter, "POST", "adapters"),
+        route(f"{one}/promotion", promotion.get_promotion, "GET", "adapters"),
+        route(f"{one}/promotion", promotion.cancel_promotion, "DELETE", "adapters"),
+        route("/v1/candidates", promotion.list_candidates, "GET", "adapters"),
         route("/health", health.health, "GET"),
         route("/ready", health.ready, "GET"),
         route("/version", health.version, "GET"),

@@ -41,11 +41,12 @@ async def _plan(services: Services, body: ChatBody, target: Target) -> list[Plan
         num_chars, services.codec.encode_chat, messages, template=target.chat_template
     )
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    info = target.limits(services.engine.info)
     return [
         Plan(
             prompt_ids=prompt_ids,
             sampling=body.sampling(
-                services.engine.info,
+                info,
                 len(prompt_ids),
                 max_tokens=body.token_limit,
                 fill=None,

@@ -3,14 +3,17 @@
 import hashlib
 import time
 from dataclasses import dataclass
+from typing import get_args
+
+import msgspec
 
 from adapters.catalog import Lease
 from adapters.manifest import AdapterNotFound
 from server.api.detokenizer import Detokenizer
 from server.api.services import Services
 from server.engine.messages import AddRequest, EngineInfo, FirstToken, RequestOutput, TokenLogprobs
-from server.engine.request import AdapterRef, FinishReason, SamplingParams
-from server.errors import ServeError, engine_failed, model_not_found
+from server.engine.request import BASE, AdapterRef, FinishReason, SamplingParams
+from server.errors import ServeError, bad_request, engine_failed, model_not_found
 from server.metrics import ServingPath
 
 
@@ -20,13 +23,14 @@ class Target:
 
     model: str  # as the client wrote it
     lease: Lease | None  # None: the base
+    weight_set: str = BASE  # the merged model that answers for the adapter, if one does
 
     @property
     def adapter(self) -> AdapterRef | None:
-        if self.lease is None:
+        """What the base needs beside it."""
+        if self.lease is None or self.weight_set:
             return None
-        revision = self.lease.revision
-        return AdapterRef(revision.digest, revision.num_rank_rows)
+        return AdapterRef.of(self.lease.revision)
 
     @property
     def adapter_name(self) -> str | None:
@@ -40,24 +44,52 @@ class Target:
 
     @property
     def path(self) -> ServingPath:
-        return "base" if self.lease is None else "adapter"
+        if self.lease is None:
+            return "base"
+        return "merged" if self.weight_set else "adapter"
+
+    def limits(self, info: EngineInfo) -> EngineInfo:
+        """What the engine said, with the longest request that this one takes."""
+        rope = None if self.lease is None else self.lease.revision.rope
+        return msgspec.structs.replace(info, max_model_len=info.longest(rope)) if rope else info
 
     def fingerprint(self, info: EngineInfo) -> str:
         """A short hash of all that decides the answer besides the request."""
         digest = "" if self.lease is None else self.lease.revision.digest
         build = f"{info.dtype}/{info.quantization}/{sorted(info.kernels.items())}"
-        identity = "\n".join((info.base_digest, digest, build))
+        identity = "\n".join((info.base_digest, digest + self.weight_set, build))
         return f"fp_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def resolve(services: Services, model: str) -> Target:
-    """Find who `model` is and take a lease. Raises ServeError 404, never falls back to the base."""
+def resolve(services: Services, model: str, path: str | None = None) -> Target:
+    """Find who `model` is and take a lease.
+
+    path  the serving path that the client insists on; None: merged where there is such a model
+
+    Raises ServeError 404 for an unknown name, never falls back to the base; 400 for a path that
+    there is not, 409 for one that does not serve this model now.
+    """
+    if path is not None and path not in get_args(ServingPath):
+        paths = ", ".join(get_args(ServingPath))
+        raise bad_request(f"x-serving-path is {path[:64]!r}; it may be {paths}.")
+    target = _target(services, model, wants_adapter=path == "adapter")
+    if path is not None and target.path != path:
+        if target.lease is not None:
+            target.lease.release()
+        message = f"{model[:256]} is served by the {target.path} path now, not by {path}."
+        raise ServeError(409, "path_not_available", message)
+    return target
+
+
+def _target(services: Services, model: str, *, wants_adapter: bool) -> Target:
     if model == services.config.model.name:
         return Target(model, None)
     try:
-        return Target(model, services.registry.lease(model))
+        lease = services.registry.lease(model)
     except AdapterNotFound:
         raise model_not_found(model[:256]) from None
+    merged = None if wants_adapter else services.merged.route(lease.revision.digest)
+    return Target(model, lease, merged or BASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,7 +36,7 @@ async def completions(request: Request) -> Response:
 
 
 async def _plan(services: Services, body: CompletionBody, target: Target) -> list[Plan]:
-    info = services.engine.info
+    info = target.limits(services.engine.info)
     plans = []
     for prompt in body.prompt:
         prompt_ids = await _encode_prompt(services, prompt)

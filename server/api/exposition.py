@@ -195,6 +195,7 @@ def _engine_families(metrics: Metrics) -> Iterator[Metric]:
         ("host_adapter_bytes", "Host memory that adapters take.", stats.host_bytes_used),
         ("drain_seconds", "Since the drain began; 0 before.", metrics.drain_s),
         ("drain_limit_seconds", "What a drain may take.", metrics.drain_limit_s),
+        ("promotion_running", "Promotions under way.", float(metrics.num_promoting)),
     ):
         yield GaugeMetricFamily(f"turnout_{name}", text, value=value)
     tokens = CounterMetricFamily(
@@ -204,6 +205,8 @@ def _engine_families(metrics: Metrics) -> Iterator[Metric]:
         tokens.add_metric([path], series.generation_tokens)
     yield tokens
     yield _counter("turnout_errors", "Requests refused or failed, by code.", "code", metrics.errors)
+    results = metrics.promotions
+    yield _counter("turnout_promotions", "Promotions that ended, by result.", "result", results)
     yield _counter("turnout_evictions", "Evictions from a tier.", "tier", metrics.evictions)
     loads = CounterMetricFamily(
         "turnout_bank_loads", "Loads into the bank.", labels=["tier", "result"]
@@ -235,6 +238,20 @@ def _adapter_families(adapters: dict[str, AdapterSeries], metrics: Metrics) -> I
         held = dict(series.bank_bytes)
         family.add_metric([name], sum(held[digest] for digest in held.keys() & resident))
     yield family
+    yield _weight_sets(metrics)
+
+
+def _weight_sets(metrics: Metrics) -> Metric:
+    names = metrics.names()
+    family = GaugeMetricFamily(
+        "turnout_weight_set_bytes",
+        "Checkpoints of merged models in the engine.",
+        labels=["adapter"],
+    )
+    for digest, num_bytes in dict(metrics.weight_set_bytes).items():
+        for name in names.get(digest, ())[:1]:  # one model, whatever names it goes by
+            family.add_metric([name], num_bytes)
+    return family
 
 
 def _adapter_counters(adapters: dict[str, AdapterSeries]) -> Iterator[Metric]:

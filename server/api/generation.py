@@ -54,9 +54,9 @@ class Generation:
         self.choices: list[Choice] = []
         self.target: Target | None = None
 
-    async def begin(self, model: str, plan: Planner) -> Delta:
+    async def begin(self, model: str, path: str | None, plan: Planner) -> Delta:
         """Resolve, plan, submit, and wait for the first delta of all."""
-        self.target = resolve(self._services, model)
+        self.target = resolve(self._services, model, path)
         plans = await plan(self.target)
         assert len(plans) == self._num_choices, "as many plans as were admitted"
         engine_id = uuid.uuid4().hex
@@ -66,6 +66,7 @@ class Generation:
                 prompt_ids=each.prompt_ids,
                 sampling=each.sampling,
                 adapter=self.target.adapter,
+                weight_set=self.target.weight_set,
                 tenant=self._tenant,
                 arrival_time=self._arrival_time,
             )
@@ -180,8 +181,9 @@ async def respond(
     """Answer a request as a stream or whole. Errors before the first token are proper statuses."""
     services, receive = services_of(request), request.receive
     generation = Generation(services, request.state.tenant, num_choices)
+    path = request.headers.get("x-serving-path")
     try:
-        first = await services.guarded(receive, generation.begin(body.model, plan))
+        first = await services.guarded(receive, generation.begin(body.model, path, plan))
         write = writer(generation)
         if body.stream:
             return _EventStream(services, generation, write, first)

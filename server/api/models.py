@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.catalog import Adapter, Revision
+from adapters.rope import RopeScaling
 from server.api.choice import resolve
 from server.api.schemas import DetokenizeBody, TokenizeBody
 from server.api.services import Services, read_json, services_of
@@ -43,7 +44,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, TokenizeBody)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Exactly one of prompt and messages is needed.", param="prompt")
-    template = _chat_template(services, body.model)
+    template, rope = _model_text(services, body.model)
     if body.prompt is not None:
         token_ids = await services.codec.run(
             len(body.prompt),
@@ -65,7 +66,7 @@ async def tokenize(request: Request) -> Response:
     names = [services.codec.raw_token(token_id) for token_id in token_ids]
     reply = {
         "count": len(token_ids),
-        "max_model_len": _max_model_len(services),
+        "max_model_len": _max_model_len(services, rope),
         "tokens": token_ids,
         "token_strs": names if body.return_token_strs else None,
     }
@@ -76,26 +77,27 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens' names included."""
     services = services_of(request)
     body = await read_json(request, DetokenizeBody)
-    _chat_template(services, body.model)  # an unknown model is refused here as everywhere
+    _model_text(services, body.model)  # an unknown model is refused here as everywhere
     text = await services.codec.run(
         len(body.tokens), services.codec.decode, body.tokens, skip_special_tokens=False
     )
     return JSONResponse({"prompt": text})
 
 
-def _chat_template(services: Services, model: str | None) -> str | None:
-    if model is None:
-        return None
-    target = resolve(services, model)
-    template = target.chat_template
-    if target.lease is not None:
-        target.lease.release()
-    return template
+def _model_text(services: Services, model: str | None) -> tuple[str | None, RopeScaling | None]:
+    """A model's own chat template and RoPE scaling, where it has them."""
+    target = resolve(services, model) if model is not None else None
+    if target is None or target.lease is None:
+        return None, None
+    target.lease.release()
+    return target.chat_template, target.lease.revision.rope
 
 
 def _base_card(services: Services) -> dict[str, Any]:
     name = services.config.model.name
-    return _card(services, name, root=f"base://{name}", parent=None, created=services.started)
+    return _card(
+        services, name, root=f"base://{name}", parent=None, created=services.started, rope=None
+    )
 
 
 def _adapter_card(
@@ -107,11 +109,18 @@ def _adapter_card(
         root=f"adapter://{revision.id}",
         parent=services.config.model.name,
         created=int(adapter.created),
+        rope=revision.rope,
     )
 
 
 def _card(
-    services: Services, model: str, *, root: str, parent: str | None, created: int
+    services: Services,
+    model: str,
+    *,
+    root: str,
+    parent: str | None,
+    created: int,
+    rope: RopeScaling | None,
 ) -> dict[str, Any]:
     return {
         "id": model,
@@ -120,7 +129,7 @@ def _card(
         "owned_by": _OWNER,
         "root": root,
         "parent": parent,
-        "max_model_len": _max_model_len(services),
+        "max_model_len": _max_model_len(services, rope),
         "permission": [_permission(model, created)],
     }
 
@@ -142,6 +151,6 @@ def _permission(model: str, created: int) -> dict[str, Any]:
     }
 
 
-def _max_model_len(services: Services) -> int | None:
+def _max_model_len(services: Services, rope: RopeScaling | None) -> int | None:
     """None until the engine has found it out."""
-    return services.engine.info.max_model_len if services.engine.is_ready else None
+    return services.engine.info.longest(rope) if services.engine.is_ready else None

@@ -1,6 +1,7 @@
 """What the HTTP side needs of the engine; `server.engine.client` provides it, tests put a fake."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Protocol
 
 from server.engine.messages import (
@@ -9,6 +10,7 @@ from server.engine.messages import (
     EngineInfo,
     EngineStats,
     RequestOutput,
+    WeightSetEvent,
 )
 from server.engine.request import AdapterRef
 
@@ -57,3 +59,11 @@ class Engine(Protocol):
         ...
 
     def unpin_adapter(self, digest: str) -> None: ...
+
+    async def load_weight_set(self, digest: str, folder: Path) -> WeightSetEvent:
+        """Load a merged model beside the base: loaded, or failed and why."""
+        ...
+
+    async def drop_weight_set(self, digest: str) -> None:
+        """Free a merged model; returns when nothing runs on it any more."""
+        ...

@@ -92,7 +92,7 @@ async def load(services: Services, revision: Revision, *, pinned: bool = False) 
     Raises ServeError 409 when it cannot be loaded, 503 without an engine.
     """
     services.check_open()
-    adapter = AdapterRef(revision.digest, revision.num_rank_rows)
+    adapter = AdapterRef.of(revision)
     event = await services.engine.load_adapter(adapter, pinned=pinned)
     if event.event not in ("loaded", "postponed"):
         raise ServeError(

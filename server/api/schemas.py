@@ -282,6 +282,7 @@ class PushBody(StrictBody):
     path: str = Field(min_length=1, max_length=4096)
     publish: bool = True
     preload: bool = False  # bring it into the bank too
+    allow_mismatch: bool = False  # take it though turnout.json names another base or template
 
 
 class FormBody(StrictBody):
@@ -290,6 +291,7 @@ class FormBody(StrictBody):
     name: str = Field(max_length=256)
     publish: bool = True
     preload: bool = False
+    allow_mismatch: bool = False
 
 
 class PublishBody(StrictBody):

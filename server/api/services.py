@@ -17,7 +17,9 @@ from server.api.admission import Admission
 from server.api.auth import Authenticator
 from server.api.parsing import Body, parse_body
 from server.api.ports import Engine
+from server.api.promoter import Promoter
 from server.api.tokenizer import TextCodec
+from server.api.weight_sets import MergedPath
 from server.config import Config
 from server.errors import ServeError
 from server.metrics import Metrics
@@ -44,6 +46,8 @@ class Services:
     metrics: Metrics
     admission: Admission
     authenticator: Authenticator
+    promoter: Promoter
+    merged: MergedPath
     started: int = field(default_factory=lambda: int(time.time()))  # unix seconds
     is_draining: bool = False
     drain_began: float | None = None  # monotonic seconds

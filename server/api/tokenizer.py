@@ -33,7 +33,7 @@ class TextCodec:
         Raises ValueError for a tokenizer whose decoder is neither byte-level nor SentencePiece's.
         """
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._named_tokens = named_tokens
         self._pieces = _byte_pieces(tokenizer)
         self._strips_first_space = _SPACE in _decoder_text(tokenizer)
@@ -80,7 +80,7 @@ class TextCodec:
 
         `template` replaces the base's. Raises ServeError 400 for messages it does not take.
         """
-        template = template or self._chat_template
+        template = template or self.chat_template
         if template is None:
             raise bad_request("This model has no chat template.", param="messages")
         try:

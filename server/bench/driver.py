@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from server.config import Config
 from server.engine.build import build_engine
 from server.engine.gpu_runner import GpuRunner
 from server.engine.latency import settle
-from server.engine.messages import RequestOutput
-from server.engine.request import AdapterRef, Request, SamplingParams
+from server.engine.messages import RequestOutput, WeightSetEvent
+from server.engine.request import BASE, AdapterRef, Request, SamplingParams
 
 OnStep = Callable[[float, list[RequestOutput]], None]  # seconds since the start, what came
 
@@ -79,7 +80,13 @@ class Driver:
         self._ids = itertools.count()
         self._random = random.Random(0)
 
-    def add(self, adapter: AdapterRef | None, prompt_ids: list[int], new_tokens: int) -> str:
+    def add(
+        self,
+        adapter: AdapterRef | None,
+        prompt_ids: list[int],
+        new_tokens: int,
+        weight_set: str = BASE,
+    ) -> str:
         """Queue a request; returns its id."""
         request_id = str(next(self._ids))
         self.engine.add(
@@ -88,6 +95,7 @@ class Driver:
                 prompt_ids=prompt_ids,
                 sampling=SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True),
                 adapter=adapter,
+                weight_set=weight_set,
                 tenant="",
                 arrival_time=time.monotonic(),
                 seed=0,
@@ -95,11 +103,17 @@ class Driver:
         )
         return request_id
 
-    def add_random(self, adapter: AdapterRef | None, num_tokens: int, new_tokens: int) -> str:
+    def add_random(
+        self,
+        adapter: AdapterRef | None,
+        num_tokens: int,
+        new_tokens: int,
+        weight_set: str = BASE,
+    ) -> str:
         """Queue a request whose prompt is so many random tokens."""
         size = self.info.vocab_size
         prompt_ids = [self._random.randrange(3, size) for _ in range(num_tokens)]
-        return self.add(adapter, prompt_ids, new_tokens)
+        return self.add(adapter, prompt_ids, new_tokens, weight_set)
 
     def run(self, on_step: OnStep | None = None) -> Trace:
         """Step until nothing is left to do."""
@@ -119,13 +133,36 @@ class Driver:
                 on_step(now - trace.began, outputs)
         return trace
 
+    def keep_busy(self, num_streams: int, add: Callable[[], object], seconds: float) -> float:
+        """Tokens per second of streams that each `add` a request when they are done with one."""
+
+        def go_on(elapsed: float, outputs: list[RequestOutput]) -> None:
+            for output in outputs:
+                if output.finish_reason is not None and elapsed < seconds:
+                    add()
+
+        for _ in range(num_streams):
+            add()
+        trace = self.run(go_on)
+        return trace.num_tokens / trace.seconds
+
     def load(self, adapters: list[AdapterRef]) -> None:
         """Bring adapters into the bank."""
         for adapter in adapters:
             self.add_random(adapter, 8, 1)
         self.run()
 
+    def load_weight_set(self, digest: str, folder: Path) -> WeightSetEvent:
+        """Load a merged model beside the base; asserts that it came."""
+        self.engine.weight_sets.add(digest, folder)
+        while not (events := self.engine.weight_sets.take_events()):
+            self.engine.poll()
+            time.sleep(0.001)
+        assert events[0].event == "loaded", events[0].message
+        return events[0]
+
     def replay_ms(self) -> float:
         """What the last step's graph takes on the GPU, without the host."""
-        assert isinstance(self.engine.runner, GpuRunner), "for the GPU's own kernels"
-        return self.engine.runner.replay_ms()
+        runner = self.engine.weight_sets.base
+        assert isinstance(runner, GpuRunner), "for the GPU's own kernels"
+        return runner.replay_ms()

@@ -1,5 +1,6 @@
 """`turnout bench --popular N`: N registered adapters asked for by Zipf's law, on this GPU."""
 
+import itertools
 import random
 import tempfile
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from server.bench.driver import Driver
 from server.bench.figures import Figure, show
 from server.bench.reference import reference_config, register_adapters, save_reference_base
 from server.config import CacheConfig
-from server.engine.messages import RequestOutput
 from server.engine.request import AdapterRef
 
-RANK, RESIDENT = 4, 44
+RANK = 4
+RESIDENT = 44  # as many different ones as 64 streams ask for at a time by Zipf's law over 1,000
 STREAMS, PROMPT, NEW = 64, 256, 256
 BANK_ROWS = 512  # room for 64 adapters of rank 4: a page is 8 rows
 CACHE = CacheConfig(num_blocks=4096, prefix_caching=False)
@@ -37,11 +38,18 @@ def _figures(root: Path, num_adapters: int, seconds: float) -> Iterator[Figure]:
     config = reference_config(root / "base", store, CACHE, BANK_ROWS, host_bytes=HOST_BYTES)
     driver = Driver(config)
     driver.load(adapters[:RESIDENT])
-    alone = follow_zipf(driver, adapters[:RESIDENT], seconds / 5)
-    yield Figure(f"Zipf over {RESIDENT} adapters, all resident", alone, "tok/s")
-    follow_zipf(driver, adapters, seconds / 5)  # fills the host's share of adapters
+
+    def rate(asked: Iterator[AdapterRef], seconds: float) -> float:
+        return driver.keep_busy(
+            STREAMS, lambda: driver.add_random(next(asked), PROMPT, NEW), seconds
+        )
+
+    alone = rate(itertools.cycle(adapters[:RESIDENT]), seconds / 5)
+    yield Figure(f"{RESIDENT} adapters in turn, all resident", alone, "tok/s")
+    asked = by_zipf(adapters)
+    rate(asked, seconds / 5)  # fills the host's share of adapters
     host, device = _host_gib(), torch.cuda.memory_reserved()
-    together = follow_zipf(driver, adapters, seconds)
+    together = rate(asked, seconds)
     note = f"{together / alone:.3f} of it"
     yield Figure(f"Zipf over {num_adapters} adapters", together, "tok/s", None, note)
     loads = sum(event.event == "loaded" for event in driver.engine.adapters.take_events())
@@ -51,23 +59,12 @@ def _figures(root: Path, num_adapters: int, seconds: float) -> Iterator[Figure]:
     yield Figure("GPU memory, growth", grown, "GiB")
 
 
-def follow_zipf(driver: Driver, pool: list[AdapterRef], seconds: float) -> float:
-    """Tokens per second of streams that each name the k-th adapter with a weight of 1 / k."""
+def by_zipf(pool: list[AdapterRef]) -> Iterator[AdapterRef]:
+    """The k-th adapter with a weight of 1 / k, without end."""
     random_ = random.Random(0)
-    weights = [1 / (place + 1) for place in range(len(pool))]
-
-    def add() -> None:
-        driver.add_random(random_.choices(pool, weights)[0], PROMPT, NEW)
-
-    def follow(elapsed: float, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            if output.finish_reason is not None and elapsed < seconds:
-                add()
-
-    for _ in range(STREAMS):
-        add()
-    trace = driver.run(follow)
-    return trace.num_tokens / trace.seconds
+    weights = list(itertools.accumulate(1 / (place + 1) for place in range(len(pool))))
+    while True:
+        yield random_.choices(pool, cum_weights=weights)[0]
 
 
 def _host_gib() -> float:

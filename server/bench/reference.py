@@ -15,11 +15,14 @@ from tokenizers.models import WordLevel
 from adapters.registry import Registry
 from server.adapter_admin import base_shape
 from server.bench.workload import save_random_adapter
-from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, PromotionConfig
 from server.engine.request import AdapterRef
+from server.model.loader import Checkpoint
 from server.model.spec import FUSED, ModelSpec, read_spec
 
 _LAYERS_PER_SHARD = 8
+_GROUP = 128  # inputs that share a scale in GPTQ's layout
+_ZEROS = -0x77777778  # 0x88888888: eight times the code 8, which stands for 0
 _CONFIG = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
@@ -96,6 +99,40 @@ def _ones(spec: ModelSpec) -> torch.Tensor:
     return torch.ones(spec.hidden_size, dtype=torch.bfloat16)
 
 
+def save_reference_gptq(folder: Path, base: Path, device: torch.device) -> Path:
+    """Write a GPTQ checkpoint of the base's shape: random codes, groups of 128, sym."""
+    folder.mkdir(parents=True)
+    spec = read_spec(base)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "sym": True}
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = settings | {"desc_act": False, "checkpoint_format": "gptq_v2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = Checkpoint(base)
+    ends = (*_ENDS, "model.norm.weight")
+    tensors = {name: source.tensor(name) for name in ends if name in source}
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = _ones(spec)
+        for name in (name for names in FUSED.values() for name in names):
+            out_features, in_features = spec.linear_shape(name)
+            shapes = (in_features // 8, out_features), (in_features // _GROUP, out_features // 8)
+            codes = torch.empty(shapes[0], dtype=torch.int32, device=device)
+            codes.random_(-(1 << 31), 1 << 31)
+            zeros = torch.full(shapes[1], _ZEROS, dtype=torch.int32)
+            scales = torch.full((in_features // _GROUP, out_features), 0.005, dtype=torch.float16)
+            order = torch.arange(in_features, dtype=torch.int32) // _GROUP
+            parts = {
+                "qweight": codes.cpu(),
+                "qzeros": zeros,
+                "scales": scales,
+                "g_idx": order,
+            }
+            tensors |= {f"{prefix}{name}.{part}": value for part, value in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def register_adapters(
     store: Path, base: Path, spec: ModelSpec, ranks: Iterable[int]
 ) -> list[AdapterRef]:
@@ -106,18 +143,26 @@ def register_adapters(
             with tempfile.TemporaryDirectory(dir=store) as scratch:
                 folder = save_random_adapter(Path(scratch) / "adapter", spec, seed, rank)
                 revision = registry.push(f"a{seed}", folder)
-            return AdapterRef(revision.digest, revision.num_rank_rows)
+            return AdapterRef.of(revision)
 
-        with ThreadPoolExecutor(8) as pool:
+        # Each thread with one of torch's: with all of them eight would wait for each other.
+        with ThreadPoolExecutor(8, initializer=lambda: torch.set_num_threads(1)) as pool:
             return list(pool.map(register, *zip(*enumerate(ranks), strict=True)))
 
 
 def reference_config(
-    base: Path, store: Path, cache: CacheConfig, bank_rows: int, host_bytes: int = 16 << 30
+    base: Path,
+    store: Path,
+    cache: CacheConfig,
+    bank_rows: int,
+    *,
+    host_bytes: int = 16 << 30,
+    set_bytes: int = 0,
 ) -> Config:
     """The reference on a GPU."""
     return Config(
         model=ModelConfig(path=base, name="reference", device="cuda"),
         cache=cache,
         adapters=AdapterConfig(store=store, bank_rows=bank_rows, host_bytes=host_bytes),
+        promotion=PromotionConfig(memory_bytes=set_bytes),
     )

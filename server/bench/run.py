@@ -73,7 +73,7 @@ class TurnoutSystem:
         registry.close()
         self.names = [revision.name for revision in revisions]
         self.bank_rows = bank_rows
-        self._adapters = [AdapterRef(r.digest, r.num_rank_rows) for r in revisions]
+        self._adapters = [AdapterRef.of(revision) for revision in revisions]
         self._driver = Driver(config)
         self.info = self._driver.info
         self._new_tokens = options.new_tokens

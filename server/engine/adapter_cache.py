@@ -2,13 +2,15 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.rope import RopeScaling
 from server.engine.messages import AdapterChange, AdapterEvent
 from server.engine.request import AdapterRef, Tier
+from server.model.rotary import BASE_TABLE
 
 
 class HostAdapter(Protocol):
@@ -25,6 +27,7 @@ class HostAdapter(Protocol):
 
 ReadAdapter = Callable[[AdapterRef], HostAdapter]  # from disk; raises OSError or ValueError
 WriteAdapter = Callable[[list[int], HostAdapter], None]  # into the bank's pages
+WriteTable = Callable[[int, RopeScaling], None]  # one of the rotary tables
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +39,7 @@ class Resident:
     loading: Future[HostAdapter] | None
     came_from: Tier
     started: float
+    table: int  # which rotary table its tokens take
     num_leases: int = 0
     gain_row: int | None = None  # known once loaded
     is_dropped: bool = False  # leaves as soon as nothing uses it
@@ -51,11 +55,22 @@ class Resident:
         return self.is_ready and self.num_leases == 0
 
 
+@dataclass(slots=True)
+class RotaryTable:
+    """What a rotary table other than the base's is for."""
+
+    scaling: RopeScaling | None = None
+    is_written: bool = False
+
+
 class AdapterCache:
     """Moves adapters between disk, host memory and the bank, off the step loop.
 
     Every page is free or owned by one resident adapter. A leased or loading adapter is never
     evicted, so the pages under a running request never change. Pinned adapters are evicted last.
+
+    Residents of equal RoPE scaling share one rotary table, and a table gets another scaling only
+    when none of them is resident. `executor` runs one load at a time: the first of them writes it.
     """
 
     def __init__(
@@ -67,7 +82,10 @@ class AdapterCache:
         read: ReadAdapter,
         write: WriteAdapter,
         executor: Executor,
+        num_tables: int = 0,
+        write_table: WriteTable | None = None,
     ) -> None:
+        """`num_tables` counts rotary tables beside the base's; with any, `write_table` is there."""
         self.page_rows = page_rows
         self.num_host_bytes = 0
         self._events: list[AdapterEvent] = []
@@ -79,6 +97,8 @@ class AdapterCache:
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()
         self._pinned: dict[str, AdapterRef] = {}
+        self._write_table = write_table
+        self._tables = {number: RotaryTable() for number in range(1, num_tables + 1)}
 
     @property
     def num_free_pages(self) -> int:
@@ -127,6 +147,10 @@ class AdapterCache:
             return None
         page, row = divmod(resident.gain_row, self.page_rows)
         return resident.pages[page] * self.page_rows + row
+
+    def table(self, digest: str) -> int:
+        """The rotary table of a resident adapter; 0 is the base's."""
+        return self._residents[digest].table
 
     def acquire(self, adapter: AdapterRef) -> bool:
         """Lease an adapter, starting its load if need be. False if the bank has no room now."""
@@ -221,42 +245,100 @@ class AdapterCache:
             return
         self._keep_in_host(digest, host)
 
-    def _start(self, adapter: AdapterRef, evictable: Iterator[Resident]) -> Resident | None:
-        """Reserve pages and start loading into them; None, evicting nobody, without enough."""
-        num_missing = -(-adapter.num_rank_rows // self.page_rows) - len(self._free_pages)
-        victims: list[Resident] = []
-        while num_missing > 0:
-            victim = next(evictable, None)
-            if victim is None:
-                return None
-            victims.append(victim)
-            num_missing -= len(victim.pages)
+    def _start(self, adapter: AdapterRef, evictable: list[Resident]) -> Resident | None:
+        """Reserve pages and a table and start loading; None, evicting nobody, without enough."""
+        victims = self._victims(adapter, evictable)
+        if victims is None:
+            return None
         for victim in victims:
             self._free(victim, "evicted")
         pages = self._take_pages(-(-adapter.num_rank_rows // self.page_rows))
+        table = self._take_table(adapter.rope)
         host = self._host.get(adapter.digest)
         resident = Resident(
             adapter,
             pages,
-            self._executor.submit(self._load, adapter, host, pages),
+            self._executor.submit(self._load, adapter, host, pages, table),
             "host" if host is not None else "disk",
             time.monotonic(),
+            table,
         )
         self._residents[adapter.digest] = resident
         return resident
 
-    def _load(self, adapter: AdapterRef, host: HostAdapter | None, pages: list[int]) -> HostAdapter:
-        """Runs in a worker thread; nothing reads these pages until `_publish`."""
+    def _load(
+        self, adapter: AdapterRef, host: HostAdapter | None, pages: list[int], table: int
+    ) -> HostAdapter:
+        """Runs in a worker thread; nothing reads these pages, or a new table, until `_publish`."""
         host = host or self._read(adapter)
+        if adapter.rope is not None and not self._tables[table].is_written:
+            assert self._write_table is not None, "rotary tables are written by somebody"
+            self._write_table(table, adapter.rope)
+            self._tables[table].is_written = True
         self._write(pages, host)
         return host
 
-    def _evictable(self, *, spare_pinned: bool = False) -> Iterator[Resident]:
+    def _evictable(self, *, spare_pinned: bool = False) -> list[Resident]:
         """Idle residents, in the order in which they should leave."""
         idle = [resident for resident in self._residents.values() if resident.is_idle]
-        yield from (r for r in idle if r.adapter.digest not in self._pinned)
+        found = [r for r in idle if r.adapter.digest not in self._pinned]
         if not spare_pinned:
-            yield from (r for r in idle if r.adapter.digest in self._pinned)
+            found += [r for r in idle if r.adapter.digest in self._pinned]
+        return found
+
+    def _victims(self, adapter: AdapterRef, evictable: list[Resident]) -> list[Resident] | None:
+        """Who must leave so that the adapter has pages and a table; None if that is not enough."""
+        victims = self._table_victims(adapter.rope, evictable)
+        if victims is None:
+            return None
+        num_missing = -(-adapter.num_rank_rows // self.page_rows) - len(self._free_pages)
+        num_missing -= sum(len(victim.pages) for victim in victims)
+        for resident in evictable:
+            if num_missing <= 0:
+                break
+            if resident not in victims:
+                victims.append(resident)
+                num_missing -= len(resident.pages)
+        return None if num_missing > 0 else victims
+
+    def _table_victims(
+        self, rope: RopeScaling | None, evictable: list[Resident]
+    ) -> list[Resident] | None:
+        """Who must leave for a rotary table: all that share the one least recently used."""
+        if rope is None or self._find_table(rope) is not None:
+            return []
+        by_table: dict[int, list[Resident]] = {number: [] for number in self._tables}
+        for resident in self._residents.values():
+            if resident.table != BASE_TABLE:
+                by_table[resident.table].append(resident)
+        turns = {resident.adapter.digest: turn for turn, resident in enumerate(evictable)}
+        candidates = [
+            (max(turns[r.adapter.digest] for r in users), number)
+            for number, users in by_table.items()
+            if all(r.adapter.digest in turns for r in users)
+        ]
+        return by_table[min(candidates)[1]] if candidates else None
+
+    def _find_table(self, rope: RopeScaling) -> int | None:
+        """The table that has this scaling, else one that no resident uses."""
+        used = {resident.table for resident in self._residents.values()}
+        unused = None
+        for number, table in self._tables.items():
+            if table.scaling == rope:
+                return number
+            if number not in used and unused is None:
+                unused = number
+        return unused
+
+    def _take_table(self, rope: RopeScaling | None) -> int:
+        """The table for this scaling, to be written by its first load unless it has it already."""
+        if rope is None:
+            return BASE_TABLE
+        number = self._find_table(rope)
+        assert number is not None, "its users have just left"
+        if self._tables[number].scaling != rope:
+            self._tables[number] = RotaryTable(rope)
+        return number
 
     def _take_pages(self, count: int) -> list[int]:
         """The first run of `count` neighbours if there is one (it needs no gather), else any."""

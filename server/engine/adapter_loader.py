@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from adapters.manifest import AdapterManifest, ModuleEntry
+from adapters.rope import scaling_of
 from server.engine.request import AdapterRef
 from server.model.adapter_bank import PackedAdapter
-from server.model.linear import Linear, NF4Linear
+from server.model.linear import Linear, PackedLinear
 from server.model.spec import FUSED, ModelSpec
 
 
@@ -28,7 +29,7 @@ class ResidentBase(Protocol):
     def dtype(self) -> torch.dtype:
         """Of activations."""
 
-    def linear(self, layer: int, group: str) -> Linear | NF4Linear:
+    def linear(self, layer: int, group: str) -> Linear | PackedLinear:
         """One of its fused linears."""
 
 
@@ -64,6 +65,8 @@ class AdapterLoader:
                 raise ValueError(
                     f"adapter object {adapter.digest} needs {manifest.num_rank_rows} rows"
                 )
+            if scaling_of(manifest.rope) != adapter.rope:
+                raise ValueError(f"adapter object {adapter.digest} has RoPE {manifest.rope}")
             packed = _empty(
                 manifest,
                 self._base.spec,
@@ -92,7 +95,7 @@ class AdapterLoader:
 
 
 def dora_gain(
-    linear: Linear | NF4Linear,
+    linear: Linear | PackedLinear,
     columns: slice,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,

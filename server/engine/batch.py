@@ -10,6 +10,7 @@ from server.kernels.lora import LoraStep, rows_index
 from server.kernels.paged_attention import AttentionStep, DecodeRows, PrefillChunk
 from server.model.decoder import ModelInput
 from server.model.gpu_step import KNOWN
+from server.model.rotary import BASE_TABLE
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -23,9 +24,11 @@ def build_input(
     """Lay out every token of a step: decode rows first, then prompt chunks, each end to end."""
     device = last_tokens.device
     positions, slots = positions_and_slots(plan, block_size)
+    tables = rotary_tables(plan, adapters)
     return ModelInput(
         token_ids=_token_ids(plan, last_tokens),
         positions=torch.from_numpy(positions).to(device, non_blocking=True),
+        tables=None if tables is None else torch.from_numpy(tables).to(device, non_blocking=True),
         slot_mapping=torch.from_numpy(slots).to(device, non_blocking=True),
         attention=_attention(plan, block_size, device),
         lora=_lora(plan, adapters, device),
@@ -82,6 +85,21 @@ def positions_and_slots(plan: Plan, block_size: int) -> tuple[Int64Array, Int64A
         slots.append(table[at // block_size])
     everywhere = np.concatenate(positions)
     return everywhere, np.concatenate(slots) * block_size + everywhere % block_size
+
+
+def rotary_tables(plan: Plan, adapters: AdapterCache) -> Int64Array | None:
+    """The rotary table of each token; None where nobody's adapter has one of its own."""
+    scaled = [
+        part.request.adapter is not None and part.request.adapter.rope is not None
+        for part in plan.parts
+    ]
+    if not any(scaled):
+        return None
+    tables = [
+        adapters.table(part.request.fairness_key) if is_scaled else BASE_TABLE
+        for part, is_scaled in zip(plan.parts, scaled, strict=True)
+    ]
+    return np.repeat(np.array(tables, np.int64), [part.num_tokens for part in plan.parts])
 
 
 def _token_ids(plan: Plan, last_tokens: torch.Tensor) -> torch.Tensor:

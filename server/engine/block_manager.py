@@ -9,9 +9,12 @@ import numpy as np
 BlockHash = bytes
 
 
-def prefix_root(base_digest: str, adapter_digest: str | None, tenant: str) -> BlockHash:
-    """The start of a hash chain: KV is shared only under the same weights and the same tenant."""
-    parts = (base_digest, adapter_digest or "", tenant)
+def prefix_root(base_digest: str, digest: str, tenant: str) -> BlockHash:
+    """The start of a hash chain: KV is shared only under the same weights and the same tenant.
+
+    digest  of the adapter or merged model; empty for the base
+    """
+    parts = (base_digest, digest, tenant)
     return hashlib.sha256("\0".join(parts).encode()).digest()
 
 

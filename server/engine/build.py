@@ -19,6 +19,7 @@ from server.engine.messages import EngineInfo
 from server.engine.model_runner import ModelRunner, RunnerParts
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.weight_sets import WeightSets
 from server.kernels.dense_linear import can_pack
 from server.kernels.lora_step import PAGE_ROWS
 from server.model.adapter_bank import AdapterBank, PackedAdapter
@@ -26,16 +27,19 @@ from server.model.decoder import Decoder
 from server.model.gpu_step import padded_rows, step_bytes
 from server.model.kv_cache import KVCache, block_bytes
 from server.model.linear import activation_dtype
-from server.model.loader import Checkpoint, OnProgress, load_decoder
+from server.model.loader import Checkpoint, OnProgress, load_decoder, load_weight_set
+from server.model.rotary import RotaryTables
 from server.model.spec import ModelSpec, read_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from server.model.gpu_decoder import GpuDecoder
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:  # it comes with torch's builds for a GPU
-    from server.engine.gpu_build import gpu_runner
-    from server.model.gpu_loader import load_gpu_decoder
+    from server.engine.gpu_build import compile_kernels, gpu_runner
+    from server.model.gpu_loader import load_gpu_decoder, load_gpu_weight_set
 
 
 def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, EngineInfo]:
@@ -46,26 +50,32 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     is_fused = has_gpu_kernels(config, spec, dtype, device)
     scheduling = _scheduling(config, device)
     checkpoint = Checkpoint(config.model.path)
-    hashing = ThreadPoolExecutor(max_workers=1)  # beside the loading: it takes seconds too
-    hashed = hashing.submit(_digest, config.model.path, config.model.quantization)
-    max_model_len = min(config.model.max_model_len or spec.max_positions, spec.max_positions)
+    beside = ThreadPoolExecutor(max_workers=2)  # the loading: each takes seconds too
+    hashed = beside.submit(_digest, config.model.path, config.model.quantization)
+    max_positions = config.model.max_model_len or spec.max_positions
+    num_scaled = config.adapters.rotary_tables
+    rotary = RotaryTables(spec.head_dim, spec.rope_theta, max_positions, num_scaled, device)
     decoder: Decoder | GpuDecoder
     if is_fused:
-        decoder = load_gpu_decoder(checkpoint, spec, device, max_model_len, on_progress)
+        compiled = beside.submit(compile_kernels, device, checkpoint.group_size)
+        decoder = load_gpu_decoder(
+            checkpoint, spec, config.model.quantization, device, rotary, on_progress
+        )
+        compiled.result()
     else:
         decoder = load_decoder(
-            checkpoint, spec, config.model.quantization, dtype, device, max_model_len, on_progress
+            checkpoint, spec, config.model.quantization, dtype, device, rotary, on_progress
         )
     digest = hashed.result()
-    hashing.shutdown()
+    beside.shutdown()
     bank_dtype = activation_dtype(dtype, device)
     bank = AdapterBank(spec, config.adapters.bank_rows, bank_dtype, device)
     block_size = config.cache.block_size
     activations = step_bytes(spec, scheduling.max_prefill_tokens) if is_fused else 0
     num_blocks = _num_blocks(config, spec, dtype, device, activations)
-    max_model_len = min(max_model_len, num_blocks * block_size)
+    max_scaled_len = min(max_positions, num_blocks * block_size)
     blocks = BlockManager(num_blocks, block_size)
-    adapters = _adapter_cache(config, decoder, bank, bank_dtype)
+    adapters = _adapter_cache(config, decoder, bank, bank_dtype, rotary)
     scheduler = Scheduler(
         scheduling, blocks, adapters, digest, prefix_caching=config.cache.prefix_caching
     )
@@ -78,16 +88,26 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
     )
     kv = KVCache(spec, num_blocks, block_size, dtype, device)
     parts = RunnerParts(kv, bank, sampler, adapters, block_size)
-    runner: ModelRunner
-    if isinstance(decoder, Decoder):
-        runner = ModelRunner(decoder, parts)
-    else:
+
+    def runner(decoder: "Decoder | GpuDecoder", *, with_lora: bool) -> ModelRunner:
+        if isinstance(decoder, Decoder):
+            return ModelRunner(decoder, parts)
         max_rank = config.adapters.max_rank
-        runner = gpu_runner(decoder, parts, scheduling, max_model_len, max_rank, on_progress)
+        return gpu_runner(decoder, parts, scheduling, max_scaled_len, max_rank, with_lora=with_lora)
+
+    base = runner(decoder, with_lora=True)
+    for fraction in base.captures():
+        on_progress("capturing CUDA graphs", fraction)
+    merged = weight_set_reader(decoder)
+    weight_sets = WeightSets(
+        base,
+        lambda folder: runner(merged(folder), with_lora=False),
+        _max_set_bytes(config, device),
+    )
     overlap = scheduling.overlap
     if overlap is None:
         overlap = device.type == "cuda"
-    engine = Engine(scheduler, runner, blocks, adapters, spec.eos_token_ids, overlap=overlap)
+    engine = Engine(scheduler, weight_sets, blocks, adapters, spec.eos_token_ids, overlap=overlap)
     info = EngineInfo(
         base_digest=digest,
         device=str(device),
@@ -95,12 +115,16 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
         quantization=config.model.quantization,
         num_blocks=num_blocks,
         block_size=block_size,
-        max_model_len=max_model_len,
+        max_model_len=min(max_scaled_len, spec.max_positions),
+        trained_len=spec.max_positions,
+        max_scaled_len=max_scaled_len,
         bank_rows=config.adapters.bank_rows,
         page_rows=config.adapters.page_rows,
         vocab_size=spec.vocab_size,
         eos_token_ids=list(spec.eos_token_ids),
-        kernels=active_kernels(dtype, device, is_fused=is_fused),
+        kernels=active_kernels(
+            dtype, device, is_fused=is_fused, quantization=config.model.quantization
+        ),
     )
     return engine, info
 
@@ -108,16 +132,43 @@ def build_engine(config: Config, on_progress: OnProgress) -> tuple[Engine, Engin
 def has_gpu_kernels(
     config: Config, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether steps run through the GPU's own kernels: NF4 in bf16, from Ampere on."""
+    """Whether steps run through the GPU's own kernels: 4 bits in bf16, from Ampere on."""
     return (
         device.type == "cuda"
         and HAS_TRITON
-        and config.model.quantization == "nf4"
+        and config.model.quantization in ("nf4", "gptq")
         and dtype == torch.bfloat16
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and spec.head_dim in (64, 128)
         and config.adapters.page_rows == PAGE_ROWS
     )
+
+
+def weight_set_reader(base: "Decoder | GpuDecoder") -> "Callable[[Path], Decoder | GpuDecoder]":
+    """What reads a GPTQ checkpoint of the base's shape, in any thread, beside a running base."""
+
+    def nobody(stage: str, fraction: float) -> None:
+        pass
+
+    if isinstance(base, Decoder):
+        decoder = base
+        return lambda folder: load_weight_set(folder, read_spec(folder), decoder, nobody)
+    gpu_decoder = base
+
+    def read(folder: Path) -> "GpuDecoder":
+        is_cuda = gpu_decoder.device.type == "cuda"
+        stream = torch.cuda.Stream(gpu_decoder.device) if is_cuda else None
+        compile_kernels(gpu_decoder.device, Checkpoint(folder).group_size)
+        with torch.cuda.stream(stream):  # beside the steps
+            return load_gpu_weight_set(folder, read_spec(folder), gpu_decoder, nobody)
+
+    return read
+
+
+def _max_set_bytes(config: Config, device: torch.device) -> int | None:
+    """What merged models may take: on a GPU what is set aside for them, on a CPU anything."""
+    set_aside = config.promotion.memory_bytes
+    return set_aside if set_aside or device.type == "cuda" else None
 
 
 def _scheduling(config: Config, device: torch.device) -> SchedulerConfig:
@@ -135,7 +186,11 @@ def _scheduling(config: Config, device: torch.device) -> SchedulerConfig:
 
 
 def _adapter_cache(
-    config: Config, base: ResidentBase, bank: AdapterBank, dtype: torch.dtype
+    config: Config,
+    base: ResidentBase,
+    bank: AdapterBank,
+    dtype: torch.dtype,
+    rotary: RotaryTables,
 ) -> AdapterCache:
     page_rows = config.adapters.page_rows
     loader = AdapterLoader(config.adapters.store / "objects", base, page_rows, dtype)
@@ -153,6 +208,8 @@ def _adapter_cache(
         executor=ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="adapter-loader", initializer=_use_one_thread
         ),
+        num_tables=config.adapters.rotary_tables,
+        write_table=rotary.write,
     )
 
 
@@ -200,7 +257,8 @@ def _num_blocks(
         num_bytes = config.cache.cpu_bytes
     else:
         free, _ = torch.cuda.mem_get_info(device)
-        num_bytes = int((free - activations) * config.cache.memory_fraction)
+        free -= activations + config.promotion.memory_bytes
+        num_bytes = int(free * config.cache.memory_fraction)
     if num_bytes < per_block:
         raise ValueError(
             f"{num_bytes} bytes of KV cache do not hold one block of {per_block} bytes"
@@ -208,11 +266,13 @@ def _num_blocks(
     return num_bytes // per_block
 
 
-def active_kernels(dtype: torch.dtype, device: torch.device, *, is_fused: bool) -> dict[str, str]:
+def active_kernels(
+    dtype: torch.dtype, device: torch.device, *, is_fused: bool, quantization: str = "nf4"
+) -> dict[str, str]:
     """Which implementation runs each op."""
     if is_fused:
         return {
-            "linear": "NF4, CUDA",
+            "linear": "int4 (GPTQ), CUDA" if quantization == "gptq" else "NF4, CUDA",
             "lora": "CUDA, true rank",
             "attention": "paged, Triton",
             "sampler": "Triton",

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -20,11 +21,13 @@ from server.engine.messages import (
     AdapterEvent,
     AddRequest,
     DropAdapter,
+    DropWeightSet,
     EngineInfo,
     EngineStats,
     Fatal,
     FromEngine,
     LoadAdapter,
+    LoadWeightSet,
     Progress,
     Ready,
     RequestOutput,
@@ -32,6 +35,7 @@ from server.engine.messages import (
     StepOutputs,
     ToEngine,
     UnpinAdapter,
+    WeightSetEvent,
 )
 from server.engine.request import AdapterRef
 from server.engine.wire import encode_config
@@ -41,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_EARLY_DEATHS = 3  # in a row, before the engine was ready: then starting it again is hopeless
 _RESTART_PAUSE_S = 0.2
+
+
+_Event = TypeVar("_Event")
+_Waiters = dict[str, list[asyncio.Future[_Event]]]  # by digest
 
 
 class EngineStartError(RuntimeError):
@@ -118,8 +126,10 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._is_ready = asyncio.Event()
         self._streams: dict[str, OutputStream] = {}
-        self._loads: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
-        self._drops: dict[str, list[asyncio.Future[AdapterEvent]]] = {}
+        self._loads: _Waiters[AdapterEvent] = {}
+        self._drops: _Waiters[AdapterEvent] = {}
+        self._set_loads: _Waiters[WeightSetEvent] = {}
+        self._set_drops: _Waiters[WeightSetEvent] = {}
         self._num_early_deaths = 0
         self._fatal: str | None = None
         self._encoder = msgspec.msgpack.Encoder()
@@ -185,7 +195,7 @@ class EngineClient:
         if not self.is_ready:
             raise engine_failed("The engine is not running; it is being started.")
         self._send(LoadAdapter(adapter, pinned))
-        return await self._expect(self._loads, adapter.digest)
+        return await _expect(self._loads, adapter.digest)
 
     def unpin_adapter(self, digest: str) -> None:
         """Let an adapter be evicted like any other."""
@@ -196,14 +206,20 @@ class EngineClient:
         """Free everything the engine holds of an adapter."""
         if self.is_ready:
             self._send(DropAdapter(digest))
-            await self._expect(self._drops, digest)
+            await _expect(self._drops, digest)
 
-    async def _expect(
-        self, waiters: dict[str, list[asyncio.Future[AdapterEvent]]], digest: str
-    ) -> AdapterEvent:
-        future: asyncio.Future[AdapterEvent] = asyncio.get_running_loop().create_future()
-        waiters.setdefault(digest, []).append(future)
-        return await future
+    async def load_weight_set(self, digest: str, folder: Path) -> WeightSetEvent:
+        """Load a merged model beside the base; return what came of it: loaded or failed."""
+        if not self.is_ready:
+            raise engine_failed("The engine is not running; it is being started.")
+        self._send(LoadWeightSet(digest, str(folder)))
+        return await _expect(self._set_loads, digest)
+
+    async def drop_weight_set(self, digest: str) -> None:
+        """Free a merged model; returns when nothing runs on it any more."""
+        if self.is_ready:
+            self._send(DropWeightSet(digest))
+            await _expect(self._set_drops, digest)
 
     async def _keep_alive(self) -> None:
         """Run engine processes, one after the other, until one says that it never can."""
@@ -279,12 +295,17 @@ class EngineClient:
                     self._put(output)
                 self._on_stats(stats)
             case AdapterEvent():
-                self._settle(message)
+                if message.event != "evicted":
+                    waiters = self._drops if message.event == "dropped" else self._loads
+                    _settle(waiters, message.digest, message)
                 is_answer_only = message.event == "postponed" or (
                     message.event == "loaded" and message.tier == "gpu"
                 )
                 if not is_answer_only:
                     self._on_event(message)
+            case WeightSetEvent():
+                waiting = self._set_drops if message.event == "dropped" else self._set_loads
+                _settle(waiting, message.digest, message)
             case Progress(stage, fraction):
                 self._on_progress(stage, fraction)
             case Ready(info):
@@ -302,24 +323,14 @@ class EngineClient:
             del self._streams[output.request_id]
         stream.put(output)
 
-    def _settle(self, event: AdapterEvent) -> None:
-        if event.event == "evicted":
-            return
-        waiters = self._drops if event.event == "dropped" else self._loads
-        for future in waiters.pop(event.digest, []):
-            if not future.done():
-                future.set_result(event)
-
     def _fail_streams(self, message: str) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(engine_failed(message))
         for waiters in (self._loads, self._drops):
-            for futures in waiters.values():
-                for future in futures:
-                    if not future.done():
-                        future.set_exception(engine_failed(message))
-            waiters.clear()
+            _fail(waiters, message)
+        for waiting in (self._set_loads, self._set_drops):
+            _fail(waiting, message)
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self.is_ready:
@@ -329,6 +340,25 @@ class EngineClient:
         assert self._socket is not None, "the engine has never been started"
         # Never blocks: no high-water mark. The shadow socket spares a future for each message.
         zmq.Socket(self._socket).send(self._encoder.encode(message), zmq.DONTWAIT)
+
+
+async def _expect(waiters: _Waiters[_Event], digest: str) -> _Event:
+    future: asyncio.Future[_Event] = asyncio.get_running_loop().create_future()
+    waiters.setdefault(digest, []).append(future)
+    return await future
+
+
+def _settle(waiters: _Waiters[_Event], digest: str, event: _Event) -> None:
+    for future in waiters.pop(digest, []):
+        if not future.done():
+            future.set_result(event)
+
+
+def _fail(waiters: _Waiters[_Event], message: str) -> None:
+    for future in (future for futures in waiters.values() for future in futures):
+        if not future.done():
+            future.set_exception(engine_failed(message))
+    waiters.clear()
 
 
 def _join(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:

@@ -24,10 +24,12 @@ class CapturedStep:
 class CudaGraphs:
     """Graphs of decode steps and of short ones with prompt chunks, with LoRA and without."""
 
-    def __init__(self, max_running: int, max_tokens: int) -> None:
+    def __init__(self, max_running: int, max_tokens: int, *, with_lora: bool = True) -> None:
+        """`with_lora` off: for weights that no adapter is over."""
         smaller = (size for size in _DECODE_TOKENS if size < max_running)
         self._decode_tokens = (*smaller, max_running)
         self._mixed_tokens = tuple(size for size in _MIXED_TOKENS if size <= max_tokens)
+        self._families = (True, False) if with_lora else (False,)
         self._captured: dict[StepShape, CapturedStep] = {}
 
     def shape_of(self, plan: Plan, num_logits: int, *, with_lora: bool) -> StepShape:
@@ -47,13 +49,12 @@ class CudaGraphs:
         """The graph of a shape."""
         return self._captured.get(shape)
 
-    def capture(
+    def captures(
         self,
         prepare: Callable[[StepShape], None],
         run: Callable[[StepShape], tuple[torch.Tensor, torch.Tensor]],
-        on_progress: Callable[[float], None],
-    ) -> None:
-        """Run every shape once, so that all is compiled, and capture it."""
+    ) -> Iterator[float]:
+        """Run every shape once, so that all is compiled, and capture it; yields the part done."""
         shapes = list(self._shapes())
         pool = torch.cuda.graph_pool_handle()
         for index, shape in enumerate(shapes):
@@ -64,13 +65,13 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits, tokens = run(shape)
             self._captured[shape] = CapturedStep(graph, logits, tokens)
-            on_progress((index + 1) / len(shapes))
+            yield (index + 1) / len(shapes)
 
     def _shapes(self) -> Iterator[StepShape]:
         """Largest first: the smaller ones then fit in the memory that it took."""
         for with_chunks, sizes in ((True, self._mixed_tokens), (False, self._decode_tokens)):
             for size in reversed(sizes):
-                for with_lora in (True, False):
+                for with_lora in self._families:
                     yield _captured_shape(size, with_lora=with_lora, with_chunks=with_chunks)
 
 

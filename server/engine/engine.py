@@ -6,9 +6,10 @@ import time
 from server.engine.adapter_cache import AdapterCache
 from server.engine.block_manager import BlockManager
 from server.engine.messages import EngineStats, FirstToken, RequestOutput
-from server.engine.model_runner import Launched, ModelRunner, Sampled
+from server.engine.model_runner import Launched, Sampled
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import Scheduler
+from server.engine.weight_sets import WeightSets
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ class Engine:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        weight_sets: WeightSets,
         blocks: BlockManager,
         adapters: AdapterCache,
         eos_token_ids: tuple[int, ...],
@@ -28,12 +29,12 @@ class Engine:
     ) -> None:
         self.adapters = adapters
         self._scheduler = scheduler
-        self.runner = runner
+        self.weight_sets = weight_sets
         self._blocks = blocks
         self._eos_token_ids = frozenset(eos_token_ids)
         self._overlap = overlap
         self._requests: dict[str, Request] = {}
-        self._in_flight: Launched | None = None
+        self._in_flight: list[Launched] = []
         self.is_stalled = False  # the last step could run nothing: adapters are loading
         self._num_steps = 0
         self._step_seconds = 0.0
@@ -41,7 +42,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step may get anything done."""
-        return bool(self._requests) or self._in_flight is not None
+        return bool(self._requests or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Accept a request; RequestOutputs follow until one finishes it."""
@@ -59,21 +60,37 @@ class Engine:
         self._scheduler.forget_adapter(digest)
         self.adapters.drop(digest)
 
+    def drop_weight_set(self, digest: str) -> None:
+        """Free a merged model and its cached KV, once its requests are over."""
+        self._scheduler.forget_adapter(digest)
+        self.weight_sets.drop(digest)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether adapters or weight sets are on their way."""
+        return self.adapters.is_loading or self.weight_sets.is_loading
+
+    def poll(self) -> None:
+        """Take in adapters and weight sets that have arrived; a step does so too."""
+        self.adapters.poll()
+        if self.weight_sets.is_loading:
+            self.weight_sets.poll({request.weight_set for request in self._requests.values()})
+
     def step(self) -> list[RequestOutput]:
         """Launch the next forward pass, then deliver the tokens of the one before it.
 
         Without overlap (a CPU has computed by the time `launch` returns) it delivers its own.
         """
         began = time.monotonic()
-        self.adapters.poll()
+        self.poll()
         outputs = self._fail_unloadable()
         plan = self._scheduler.schedule(began)
-        launched = self.runner.launch(plan) if plan.parts else None
+        launched = self.weight_sets.launch(plan)
         if self._overlap:
             launched, self._in_flight = self._in_flight, launched
-        if launched is not None:
-            outputs += self._commit(launched)
-        self.is_stalled = not plan.parts and launched is None
+        for own in launched:
+            outputs += self._commit(own)
+        self.is_stalled = not plan.parts and not launched
         if plan.parts:
             self._num_steps += 1
             self._step_seconds += time.monotonic() - began
@@ -81,7 +98,7 @@ class Engine:
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         """Give up every request with an error: a step failed, and whose fault it was is unknown."""
-        self._in_flight = None
+        self._in_flight = []
         failed = list(self._requests)
         for request_id in failed:
             self.abort(request_id)
@@ -131,7 +148,7 @@ class Engine:
         """Append what a step sampled; stop requests or let them go on."""
         outputs = []
         now = time.monotonic()
-        for sampled in self.runner.collect(launched):
+        for sampled in launched.runner.collect(launched):
             request = sampled.part.request
             request.num_pending -= 1
             if request.is_finished:

@@ -1,7 +1,12 @@
 """A step's requests laid out in the GPU's static buffers."""
 
 from server.engine.adapter_cache import AdapterCache
-from server.engine.batch import logits_rows, positions_and_slots, tokens_and_sources
+from server.engine.batch import (
+    logits_rows,
+    positions_and_slots,
+    rotary_tables,
+    tokens_and_sources,
+)
 from server.engine.scheduler import Plan
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN
 from server.model.gpu_step import GpuStep, StepShape
@@ -11,12 +16,9 @@ def fill_step(
     step: GpuStep, plan: Plan, shape: StepShape, adapters: AdapterCache, block_size: int
 ) -> None:
     """Queue the copies that make the device's buffers hold this plan."""
-    step.fill(
-        shape,
-        *tokens_and_sources(plan),
-        *positions_and_slots(plan, block_size),
-        logits_rows(plan),
-    )
+    positions, slots = positions_and_slots(plan, block_size)
+    tables = rotary_tables(plan, adapters)
+    step.fill(shape, *tokens_and_sources(plan), positions, tables, slots, logits_rows(plan))
     step.attention.fill(
         [part.stop for part in plan.decodes],
         [part.request.block_table for part in plan.decodes],

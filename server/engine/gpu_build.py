@@ -1,13 +1,25 @@
-"""The GPU's runner: its static buffers, and graphs of every shape of step."""
+"""The GPU's runner of one weight set: its static buffers, and graphs of every shape of step."""
+
+import torch
 
 from server.config import SchedulerConfig
 from server.engine.cuda_graphs import CudaGraphs
 from server.engine.gpu_runner import GpuRunner
 from server.engine.model_runner import RunnerParts
+from server.kernels import lora_launch, nf4_linear
 from server.kernels.lora_step import PAGE_ROWS
+from server.kernels.nf4_pack import INT4, NF4
 from server.model.gpu_decoder import GpuDecoder
 from server.model.gpu_step import GpuStep, padded_rows
-from server.model.loader import OnProgress
+
+
+def compile_kernels(device: torch.device, group_size: int | None) -> None:
+    """Fill the cache of compiled kernels, in any thread.
+
+    group_size  of GPTQ's codes; None: the weights are put on the NF4 grid
+    """
+    nf4_linear.compile_ahead(device, NF4 if group_size is None else INT4[group_size])
+    lora_launch.compile_ahead(device)
 
 
 def gpu_runner(
@@ -16,9 +28,10 @@ def gpu_runner(
     scheduling: SchedulerConfig,
     max_model_len: int,
     max_rank: int,
-    on_progress: OnProgress,
+    *,
+    with_lora: bool,
 ) -> GpuRunner:
-    """Make it, compile what its steps need, and capture the graphs."""
+    """Make it; its graphs are still to be captured."""
     max_running = scheduling.max_running
     step = GpuStep(
         decoder.spec,
@@ -31,6 +44,5 @@ def gpu_runner(
         block_size=parts.block_size,
         device=decoder.device,
     )
-    runner = GpuRunner(decoder, parts, step, CudaGraphs(max_running, step.max_tokens))
-    runner.capture(lambda fraction: on_progress("capturing CUDA graphs", fraction))
-    return runner
+    graphs = CudaGraphs(max_running, step.max_tokens, with_lora=with_lora)
+    return GpuRunner(decoder, parts, step, graphs)

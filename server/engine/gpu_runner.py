@@ -1,6 +1,6 @@
 """Runs a plan on a GPU: copy what the step is about, replay its graph, never wait."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 
@@ -39,15 +39,15 @@ class GpuRunner(ModelRunner):
         return milliseconds
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[float], None]) -> None:
-        """Compile what a step needs, and capture the graphs."""
+    def captures(self) -> Iterator[float]:
+        """Compile what a step needs and capture its graph, shape by shape."""
         nothing = Plan((), ())
 
         def prepare(shape: StepShape) -> None:
             self._fill(nothing, shape)
             self._parts.sampler.prepare([], shape.num_logits)
 
-        self._graphs.capture(prepare, self._forward, on_progress)
+        yield from self._graphs.captures(prepare, self._forward)
 
     def _run(
         self, plan: Plan, sampling: list[Request]

@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from server.engine.request import AdapterRef, FinishReason, SamplingParams, Tier
+from adapters.rope import RopeScaling
+from server.engine.request import BASE, AdapterRef, FinishReason, SamplingParams, Tier
 
 # loaded: into the bank. postponed: the answer to a LoadAdapter that finds no room.
 AdapterChange = Literal["loaded", "postponed", "evicted", "dropped", "failed"]
@@ -20,6 +21,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    weight_set: str = BASE  # a merged model's digest, and no adapter then
     tenant: str = ""
     arrival_time: float
 
@@ -49,11 +51,33 @@ class DropAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
+class LoadWeightSet(msgspec.Struct, frozen=True, tag=True):
+    """Load a merged model beside the base. Answered by a `WeightSetEvent`."""
+
+    digest: str
+    folder: str  # a GPTQ checkpoint
+
+
+class DropWeightSet(msgspec.Struct, frozen=True, tag=True):
+    """Free a merged model once nothing runs on it. Answered by a `dropped` event."""
+
+    digest: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Stop the engine process."""
 
 
-ToEngine = AddRequest | AbortRequests | LoadAdapter | UnpinAdapter | DropAdapter | Shutdown
+ToEngine = (
+    AddRequest
+    | AbortRequests
+    | LoadAdapter
+    | UnpinAdapter
+    | DropAdapter
+    | LoadWeightSet
+    | DropWeightSet
+    | Shutdown
+)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -121,6 +145,16 @@ class AdapterEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str = ""
 
 
+class WeightSetEvent(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A merged model is there, could not be had, or is gone."""
+
+    digest: str
+    event: Literal["loaded", "failed", "dropped"]
+    seconds: float = 0.0
+    num_bytes: int = 0
+    message: str = ""  # why it could not be had
+
+
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """How far the engine has come with starting."""
 
@@ -137,12 +171,20 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     num_blocks: int
     block_size: int
-    max_model_len: int
+    max_model_len: int  # tokens of a request, prompt and completion
+    trained_len: int = 0  # positions that the base was trained on
+    max_scaled_len: int = 0  # as max_model_len, at most, with RoPE scaling; 0: the same
     bank_rows: int  # rank rows the adapter bank holds
     page_rows: int  # an adapter takes whole pages of this many rank rows
     vocab_size: int
     eos_token_ids: list[int]
     kernels: dict[str, str]  # op -> implementation in use
+
+    def longest(self, rope: RopeScaling | None) -> int:
+        """Tokens that a request may have at most, by its adapter's RoPE scaling."""
+        if rope is None or not self.max_scaled_len:
+            return self.max_model_len
+        return min(self.max_scaled_len, rope.max_length(self.trained_len))
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -157,4 +199,4 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromEngine = StepOutputs | AdapterEvent | Progress | Ready | Fatal
+FromEngine = StepOutputs | AdapterEvent | WeightSetEvent | Progress | Ready | Fatal

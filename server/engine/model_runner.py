@@ -1,5 +1,6 @@
 """Runs a plan on the device and hands back the tokens when they are there."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ PromptLogprobs = list[tuple[Scheduled, SampledLogprobs]]  # parts whose requests
 class Launched:
     """A step on its way: its plan, and tensors in host memory that will hold what it found."""
 
+    runner: "ModelRunner"
     plan: Plan
     tokens: torch.Tensor  # [num_sampled] int64
     logprobs: SampledLogprobs | None
@@ -55,6 +57,10 @@ class ModelRunner:
         self.decoder = decoder
         self._parts = parts
 
+    def captures(self) -> Iterator[float]:
+        """Prepare for steps of every shape, one at a time; yields the fraction that is done."""
+        return iter(())
+
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step. On a GPU this returns before the step has run."""
@@ -62,11 +68,11 @@ class ModelRunner:
         logits, tokens, prompt_logprobs = self._run(plan, sampling)
         logprobs = _logprobs(logits, tokens, sampling)
         if not tokens.is_cuda:
-            return Launched(plan, tokens, logprobs, prompt_logprobs, None)
+            return Launched(self, plan, tokens, logprobs, prompt_logprobs, None)
         prompt_logprobs = [(part, _copied(found)) for part, found in prompt_logprobs]
         logprobs = None if logprobs is None else _copied(logprobs)
         done = torch.cuda.Event()
-        launched = Launched(plan, _pinned(tokens), logprobs, prompt_logprobs, done)
+        launched = Launched(self, plan, _pinned(tokens), logprobs, prompt_logprobs, done)
         done.record()
         return launched
 

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,10 +22,12 @@ from server.engine.messages import (
     AdapterEvent,
     AddRequest,
     DropAdapter,
+    DropWeightSet,
     EngineInfo,
     Fatal,
     FromEngine,
     LoadAdapter,
+    LoadWeightSet,
     Progress,
     Ready,
     RequestOutput,
@@ -72,9 +75,11 @@ class EngineProcess:
 
     def _report(self, engine: Engine, outputs: list[RequestOutput]) -> None:
         if not engine.has_work:
-            engine.adapters.poll()
+            engine.poll()
         for event in engine.adapters.take_events():
             self._send(event)
+        for change in engine.weight_sets.take_events():
+            self._send(change)
         now = time.monotonic()
         if outputs or now - self._last_sent > _IDLE_POLL_MS / 1000:
             self._send(StepOutputs(outputs, engine.stats()))
@@ -106,7 +111,7 @@ class EngineProcess:
     def _patience_ms(self, engine: Engine) -> int:
         if self._early or (engine.has_work and not engine.is_stalled):
             return 0
-        return _STALL_POLL_MS if engine.adapters.is_loading else _IDLE_POLL_MS
+        return _STALL_POLL_MS if engine.is_loading else _IDLE_POLL_MS
 
     def _handle(self, engine: Engine, info: EngineInfo, message: Any) -> None:
         match message:
@@ -121,6 +126,10 @@ class EngineProcess:
                 engine.adapters.unpin(digest)
             case DropAdapter(digest):
                 engine.drop_adapter(digest)
+            case LoadWeightSet(digest, folder):
+                engine.weight_sets.add(digest, Path(folder))
+            case DropWeightSet(digest):
+                engine.drop_weight_set(digest)
 
     def _load(self, engine: Engine, adapter: AdapterRef, *, pinned: bool) -> None:
         """Answered by the cache's own event, unless there is nothing to load or no room."""
@@ -144,12 +153,20 @@ class EngineProcess:
             )
             self._early.append(refusal)
             return
+        if message.weight_set not in engine.weight_sets:
+            text = f"The merged model {message.weight_set[:12]} is not loaded."
+            gone = RequestOutput(
+                request_id=message.request_id, error=text, error_code="weight_set_not_loaded"
+            )
+            self._early.append(gone)
+            return
         seed = message.sampling.seed
         request = Request(
             request_id=message.request_id,
             prompt_ids=message.prompt_ids,
             sampling=message.sampling,
             adapter=message.adapter,
+            weight_set=message.weight_set,
             tenant=message.tenant,
             arrival_time=message.arrival_time,
             seed=seed if seed is not None else random.getrandbits(63),
@@ -170,8 +187,9 @@ def find_problem(message: AddRequest, info: EngineInfo) -> str | None:
         return "The prompt has no tokens."
     if message.sampling.max_tokens < 1:
         return f"max_tokens is {message.sampling.max_tokens}; it must be at least 1."
-    if num_tokens > info.max_model_len:
-        return f"Prompt and completion need {num_tokens} tokens; the limit is {info.max_model_len}."
+    longest = info.longest(message.adapter.rope if message.adapter else None)
+    if num_tokens > longest:
+        return f"Prompt and completion need {num_tokens} tokens; the limit is {longest}."
     worst = max(message.prompt_ids)
     if worst >= info.vocab_size or min(message.prompt_ids) < 0:
         return f"Prompt token id {worst} is not in the vocabulary of {info.vocab_size}."

@@ -5,7 +5,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from adapters.catalog import Revision
+from adapters.rope import RopeScaling
+
 NO_STATE_ROW = -1
+BASE = ""  # the weight set that adapters are over; others go by their digests
 
 FinishReason = Literal["stop", "length", "abort"]
 Tier = Literal["gpu", "host", "disk"]
@@ -32,10 +36,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """Which revision answers, and the bank rows it needs (its true rank, gain row included)."""
+    """Which revision answers, and what it needs in the engine."""
 
     digest: str
-    num_rank_rows: int
+    num_rank_rows: int  # bank rows: its true rank, gain row included
+    rope: RopeScaling | None = None  # a rotary table for it; None: the base's own
+
+    @classmethod
+    def of(cls, revision: Revision) -> "AdapterRef":
+        """What the engine is told of a registered revision."""
+        return cls(revision.digest, revision.num_rank_rows, revision.rope)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -50,6 +60,7 @@ class Request:
     prompt_ids: list[int]
     sampling: SamplingParams
     adapter: AdapterRef | None
+    weight_set: str = BASE  # the weights it runs through
     tenant: str
     arrival_time: float
     seed: int  # the client's, or one drawn for it
@@ -73,8 +84,8 @@ class Request:
 
     @property
     def fairness_key(self) -> str:
-        """Requests of one adapter share one account; the base has its own."""
-        return self.adapter.digest if self.adapter else ""
+        """Requests of one adapter or merged model share one account; the base has its own."""
+        return self.adapter.digest if self.adapter else self.weight_set
 
     @property
     def num_known_tokens(self) -> int:

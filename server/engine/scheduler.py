@@ -75,7 +75,7 @@ class Scheduler:
         digest = request.adapter.digest if request.adapter else None
         if digest is not None:
             request.tier = self._adapters.tier(digest)
-        request.prefix_root = prefix_root(self._base_digest, digest, request.tenant)
+        request.prefix_root = prefix_root(self._base_digest, request.fairness_key, request.tenant)
         self._roots.setdefault(request.fairness_key, set()).add(request.prefix_root)
         request.queued_time = request.arrival_time
         self.waiting.push(request)
@@ -123,7 +123,7 @@ class Scheduler:
             self._blocks.remember(request.block_table[index], hashes[index], request.prefix_root)
 
     def forget_adapter(self, digest: str) -> None:
-        """Drop the cached KV of an adapter."""
+        """Drop the cached KV of an adapter or of a merged model."""
         for root in self._roots.pop(digest, ()):
             self._blocks.forget(root)
 

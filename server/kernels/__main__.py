@@ -15,7 +15,7 @@ from rich.table import Table
 
 from server.kernels import lora_gpu, nf4_linear
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
-from server.kernels.nf4_pack import PackedWeight, pack
+from server.kernels.nf4_pack import INT4, NF4, Format, PackedWeight, pack
 
 LAYERS = 32
 GROUPS = (  # outputs of each sublinear; inputs
@@ -59,11 +59,13 @@ def main() -> None:
     """Measure and print."""
     console = Console()
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    model = [make_linear(group) for _ in range(LAYERS) for group in range(len(GROUPS))]
-    table = Table("rows", "ms a step", title="NF4 linears")
+    model = make_model(NF4)
+    merged = make_model(INT4[128])
+    table = Table("rows", NF4.name, INT4[128].name, title="all linears, ms a step")
     for rows in LINEAR_ROWS:
-        table.add_row(str(rows), f"{time_linears(model, rows):.2f}")
+        table.add_row(str(rows), *(f"{time_linears(one, rows):.2f}" for one in (model, merged)))
     console.print(table)
+    del merged
     table = Table("batch", "linears", "with LoRA", "shrink", "expand", title="ms a step")
     for name, adapters in BATCHES.items():
         table.add_row(name, *(f"{ms:.2f}" for ms in time_decode(model, adapters)))
@@ -74,17 +76,22 @@ def main() -> None:
     console.print(table)
 
 
-def make_linear(group: int) -> Linear:
+def make_model(format: Format) -> list[Linear]:
+    """The linears of all layers, in their order."""
+    return [make_linear(group, format) for _ in range(LAYERS) for group in range(len(GROUPS))]
+
+
+def make_linear(group: int, format: Format = NF4) -> Linear:
     """Random codes, scales and banks."""
     splits, in_features = GROUPS[group]
     out_features = sum(splits)
     rows = NUM_ADAPTERS * RANK
     shape = (out_features, in_features // 2)
     qweight = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    absmax = torch.rand(out_features, in_features // 64, device="cuda") * 0.05 + 0.01
+    scales = torch.rand(out_features, in_features // format.group_size, device="cuda") * 0.05 + 0.01
     a_bank = torch.randn(rows, len(splits), in_features, device="cuda").bfloat16()
     b_bank = torch.randn(rows, out_features, device="cuda").bfloat16()
-    return Linear(group, pack(qweight, absmax), a_bank, b_bank)
+    return Linear(group, pack(qweight, scales, format), a_bank, b_bank)
 
 
 def time_linears(model: Sequence[Linear], rows: int) -> float:

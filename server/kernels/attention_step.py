@@ -123,6 +123,7 @@ class AttentionGpuStep:
         if tables:
             np.concatenate(tables, out=host[tables_at:end])
         self.device_buffer[:end].copy_(pinned[:end], non_blocking=True)
+        self._host_buffers.sent()
 
     def _as_array(self, row: int, table: list[int]) -> np.ndarray:
         known, array = self._tables[row]

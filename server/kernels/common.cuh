@@ -95,10 +95,16 @@ __device__ __forceinline__ u32 to_bf16x2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+// Both halves less 136, exactly where they are 128 to 143.
+__device__ __forceinline__ u32 minus_136(u32 pair) {
+    u32 result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(0x3f803f80u), "r"(0xc308c308u));
+    return result;
+}
 __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Split-K over an NF4 matrix. It is cut into chunks of TILE_OUT outputs x CHUNK_IN inputs, numbered with the inputs
+// Split-K over a matrix of 4-bit weights. It is cut into chunks of TILE_OUT outputs x CHUNK_IN inputs, numbered with the inputs
 // running fastest, and dealt to `num_workers` workers in equal runs. A tile's partial sums are in as many slots
 // as workers have a part of it, in their order.
 constexpr int TILE_OUT = 256;

@@ -16,19 +16,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def rotary_tables(
-    head_dim: int, theta: float, max_positions: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines of every position: two tensors [max_positions, 1, head_dim].
+def rotary_rows(frequencies: torch.Tensor, max_positions: int, factor: float = 1.0) -> torch.Tensor:
+    """Cosines and sines of every position, times `factor` (arXiv:2104.09864).
 
-    The sines' first half is negated: rotating is one roll and two products (arXiv:2104.09864).
+    frequencies  [head_dim / 2] fp32: radians from one position to the next
+    returns      [max_positions, 2, head_dim / 2] fp32: cosines, then sines
     """
-    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inverse
-    cos, sin = angles.cos(), angles.sin()
-    cos_table = torch.cat((cos, cos), dim=-1).unsqueeze(1)
-    sin_table = torch.cat((-sin, sin), dim=-1).unsqueeze(1)
-    return cos_table.to(dtype), sin_table.to(dtype)
+    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()), dim=1) * factor
+
+
+def cos_and_sin(rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `rotate_and_write` takes, of the tokens whose `rotary_rows` these are.
+
+    The sines' first half is negated: rotating is one roll and two products.
+
+    rows     [num_tokens, 2, head_dim / 2]
+    returns  two tensors [num_tokens, 1, head_dim]
+    """
+    cos, sin = rows.to(dtype).split(1, dim=1)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate_and_write(
@@ -42,7 +49,7 @@ def rotate_and_write(
     """Rotate queries and keys, put keys and values into the cache, return the queries.
 
     qkv               [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
-    cos, sin          [num_tokens, 1, head_dim], from `rotary_tables`
+    cos, sin          [num_tokens, 1, head_dim], from `cos_and_sin`
     k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], written at slot_mapping
     slot_mapping      [num_tokens] int64: block * block_size + offset
     returns           [num_tokens, num_heads, head_dim], in the dtype of the cache

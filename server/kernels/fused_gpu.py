@@ -15,16 +15,6 @@ _LARGEST_KV = tl.constexpr(2.0**15)  # as in `fused`
 _HEAD_TILE = 8
 
 
-def rotary_rows(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Lay out `fused.rotary_tables` for the kernels; stack several for adapters that differ.
-
-    cos, sin  [max_positions, 1, head_dim]  cosines and signed sines, best in fp32
-    returns   [max_positions, 2, head_dim / 2]  fp32: cosines, then sines
-    """
-    half = cos.shape[-1] // 2
-    return torch.cat((cos[..., :half], sin[..., half:]), dim=1).float()
-
-
 def rotate_and_write_gpu(
     qkv: torch.Tensor,
     rotary: torch.Tensor,
@@ -37,7 +27,7 @@ def rotate_and_write_gpu(
     """Rotate queries and keys, put keys and values into the cache, return the queries.
 
     qkv               [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; rows contiguous
-    rotary            [num_tables, max_positions, 2, head_dim / 2]  fp32, from `rotary_rows`
+    rotary            [num_tables, max_positions, 2, head_dim / 2]  fp32, from `fused.rotary_rows`
     positions         [num_tokens] int32
     tables            [num_tokens] int32: which of the rotary tables
     k_cache, v_cache  [num_blocks, block_size, num_kv_heads, head_dim], contiguous

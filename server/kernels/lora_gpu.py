@@ -62,7 +62,7 @@ class InputNorm:
 class RotaryStep:
     """Where the tokens of a step stand. Buffers may be longer than the step.
 
-    rotary        [num_tables, max_positions, 2, head_dim / 2]  fp32: `fused_gpu.rotary_rows`
+    rotary        [num_tables, max_positions, 2, head_dim / 2]  fp32: `fused.rotary_rows`
     positions     [num_tokens] int32
     tables        [num_tokens] int32: which of the rotary tables
     slot_mapping  [num_tokens] int32: block * block_size + offset; below 0 for padding, of which

@@ -134,6 +134,11 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def compile_ahead(device: torch.device) -> None:
+    """Compile into the cache on the disk; in any thread, whatever its context."""
+    compiled(kernel_source(), architecture(device))
+
+
 class Kernels:
     """The compiled kernels of one device."""
 

@@ -89,6 +89,7 @@ class LoraGpuStep:
         host = self._host_buffers.next()
         self._write(host.numpy(), np.asarray(adapter_of_token, np.int32), pages, gain_rows)
         self.device_buffer.copy_(host, non_blocking=True)
+        self._host_buffers.sent()
 
     def view(self, name: str) -> torch.Tensor:
         """One of the parts named above, flat, on the device."""

@@ -1,8 +1,9 @@
 // How the weights and activations of nf4_linear.cu come into shared memory.
 
+constexpr int SCALES = CHUNK_IN / GROUP_SIZE;  // of an output, in a chunk
 constexpr int CODE_BYTES = TILE_OUT * CHUNK_IN / 2;
-constexpr int CHUNK_BYTES = CODE_BYTES + TILE_OUT * (CHUNK_IN / 64) * 4;
-constexpr int TABLE_BYTES = 256 * TABLE_STRIDE;  // 128 bytes an entry, at a stride of 128 or 256
+constexpr int CHUNK_BYTES = CODE_BYTES + TILE_OUT * SCALES * 4;
+constexpr int TABLE_BYTES = 256 * TABLE_STRIDE;  // 128 bytes an entry, at a stride of 128 or 256; none: a stride of 0
 
 struct PartialsParams {
 #ifdef IS_HOPPER
@@ -162,11 +163,17 @@ struct Feed : Work<TOKENS, STAGES> {
                      "r"(count * CHUNK_BYTES)
                      : "memory");
     }
-    __device__ __forceinline__ void release() {
+    __device__ __forceinline__ void advance() {
+        if (++this->stage == STAGES) this->stage = 0, phase ^= 1;
+    }
+    __device__ __forceinline__ void free(int stage) const {
         __syncwarp();
         if ((threadIdx.x & 31) == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(read(this->stage)) : "memory");
-        if (++this->stage == STAGES) this->stage = 0, phase ^= 1;
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(read(stage)) : "memory");
+    }
+    __device__ __forceinline__ void release() {
+        free(this->stage);
+        advance();
     }
     // Between writing to a stage and releasing it to the copy engine.
     static __device__ __forceinline__ void before_release() {

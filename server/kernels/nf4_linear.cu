@@ -1,15 +1,28 @@
-// Linear over NF4 weights for few rows: y[t, n] = sum_k x[t, k] * level[code[n, k]] * absmax[n, k / 64].
+// Linear over 4-bit weights for few rows: y[t, n] = sum_k x[t, k] * level[code[n, k]] * scale[n, k / GROUP_SIZE].
 //
 // Each worker of the split (SplitK) adds what it has of a tile of 256 outputs into its own slot of the workspace,
 // and `nf4_reduce` adds the slots in order. The cut depends on the shape of the weight and the number of workers
 // alone, so a row's sums are formed in the same order whatever the number of rows is.
 //
 // The weights are the A operand of the matrix instruction (tokens are its n side). One packed byte is two weights
-// next to each other along the inputs; a table in shared memory turns it into a pair of bf16 levels. The table is
-// replicated over the 32 banks, so that lanes never collide. The accumulator is kept in units of the current
-// group's absmax (acc *= previous / current), so no weight is rounded after its level and no second accumulator is
-// needed.
+// next to each other along the inputs; for NF4 a table in shared memory turns it into a pair of bf16 levels, replicated
+// over the 32 banks, so that lanes never collide. With INTEGER_LEVELS (code - 8) the pair is computed. The accumulator
+// is kept in units of the current group's scale (acc *= previous / current), so no weight is rounded after its level
+// and no second accumulator is needed.
+//
+// A tile's inputs are summed in CHAINS runs: in one, or in the two halves of every chunk, which are added at the end.
+// All kernels for up to 64 tokens do the same, so that a row's bits do not depend on which of them ran.
 
+#if INTEGER_LEVELS
+template <int WARPS>
+__device__ __forceinline__ void fill_table(u8*, const PartialsParams&) {}
+
+// A pair is nibbles r and r + 4 of the word. In the mantissa of 128 they make 128 + code; less 136 that is exact.
+__device__ __forceinline__ void decode(u32 (&a)[4], u32 word, const u8*, u32) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) a[r] = minus_136(((word >> (4 * r)) & 0x000f000fu) | 0x43004300u);
+}
+#else
 // Word `lane` of entry (first << 4 | second) becomes the pair for that byte.
 template <int WARPS>
 __device__ __forceinline__ void fill_table(u8* table, const PartialsParams& p) {
@@ -38,6 +51,7 @@ __device__ __forceinline__ void decode(u32 (&a)[4], u32 word, const u8* table, u
     a[3] = *reinterpret_cast<const u32*>(table + (((word >> 17) & 0x7f80) | lane4));
 #endif
 }
+#endif
 
 // What comes before the first product; LoRA's shrink, if it is part of the launch, is done when this returns.
 template <int WARPS, class Feed, class Lora>
@@ -56,24 +70,28 @@ __device__ __forceinline__ void start(Feed& feed, Lora& lora, const PartialsPara
     lora.template run<Feed>(reinterpret_cast<float*>(shared + TABLE_BYTES + Feed::LAST_STAGE));
 }
 
-// Per token, 8 * NT tokens a block. A warp has 16 * MT outputs and one 64-input half of every chunk.
+// A warp of the mma.sync kernels has 16 * MT outputs, and with CHAINS = 2 one half of every chunk's inputs.
+constexpr int GROUP_STEPS = GROUP_SIZE / 16;  // of 16 inputs, with one scale
+constexpr int SCALE_BYTES = 256;              // of 64 outputs, for a group
+
+// 8 * NT tokens a block.
 template <int NT, int MT, int STAGES, class Lora>
 __device__ __forceinline__ void partials(const PartialsParams& p, Lora& lora) {
-    constexpr int WARPS = 2 * TILE_OUT / (16 * MT);
+    constexpr int WARPS = CHAINS * TILE_OUT / (16 * MT), STEPS = 8 / CHAINS;  // of 16 inputs of a chunk
     extern __shared__ __align__(1024) u8 shared[];
     const u8* table = shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int half = warp & 1, out_warp = warp >> 1;
+    const int own_half = CHAINS == 2 ? warp & 1 : 0, out_warp = warp / CHAINS;
     const int group = lane >> 2, quad = lane & 3;
     Feed<NT * 8, WARPS, STAGES> feed(p, shared_address(shared) + TABLE_BYTES);
     start<WARPS>(feed, lora, p);
 
     float acc[MT][NT][4];
-    float absmax[MT][2];
+    float scale[MT][2];
     auto clear = [&]() {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            absmax[m][0] = absmax[m][1] = 0.f;
+            scale[m][0] = scale[m][1] = 0.f;
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -83,42 +101,50 @@ __device__ __forceinline__ void partials(const PartialsParams& p, Lora& lora) {
     clear();
     const u32 lane4 = lane * 4;
     const int unit = out_warp * MT / 4, m0 = out_warp * MT & 3;  // 64 outputs; tiles of 16 inside them
-    const u32 codes_at = (unit * 2 + half) * 2048 + m0 * 512 + lane * 16;
-    const u32 absmax_at = CODE_BYTES + (unit * 2 + half) * 256 + m0 * 64 + group * 8;
+    const u32 codes_at = (unit * 2 + own_half) * 2048 + m0 * 512 + lane * 16;
+    const u32 scales_at =
+        CODE_BYTES + (unit * SCALES + own_half * (SCALES / 2)) * SCALE_BYTES + m0 * 64 + group * 8;
     const int x_row = NT == 1 ? lane & 7 : (lane & 7) + (lane >> 4) * 8;
     const int x_piece = NT == 1 ? lane >> 3 : (lane >> 3) & 1;
-    const u32 x_at = CHUNK_BYTES + half * (NT * 8 * 128) + x_row * 128 + ((x_piece ^ (lane & 7)) << 4);
+    const u32 x_at = CHUNK_BYTES + own_half * (NT * 8 * 128) + x_row * 128 + ((x_piece ^ (lane & 7)) << 4);
     int slot = feed.first_slot();
     for (int index = 0; index < feed.count; ++index) {
         feed.template next<Lora::WITH_SPARE>();
         const u32 at = feed.at();
         uint4 words[MT];
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            words[m] = load_shared16(at + codes_at + m * 512);
-            const float2 now = load_shared8(at + absmax_at + m * 64);
-            const float ratio[2] = {absmax[m][0] * reciprocal(now.x), absmax[m][1] * reciprocal(now.y)};
-            absmax[m][0] = now.x, absmax[m][1] = now.y;
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) acc[m][n][i] *= ratio[i / 2];
-        }
         u32 two_steps[4];  // one token tile: one ldmatrix brings two steps of 16 inputs
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
+        for (int step = 0; step < STEPS; ++step) {
+            const int half = step / 4;  // past the warp's first
+            if (step % 4 == 0) {
+#pragma unroll
+                for (int m = 0; m < MT; ++m) words[m] = load_shared16(at + codes_at + half * 2048 + m * 512);
+            }
+            if (step % GROUP_STEPS == 0) {
+#pragma unroll
+                for (int m = 0; m < MT; ++m) {
+                    const float2 now = load_shared8(at + scales_at + step / GROUP_STEPS * SCALE_BYTES + m * 64);
+                    const float ratio[2] = {scale[m][0] * reciprocal(now.x), scale[m][1] * reciprocal(now.y)};
+                    scale[m][0] = now.x, scale[m][1] = now.y;
+#pragma unroll
+                    for (int n = 0; n < NT; ++n)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) acc[m][n][i] *= ratio[i / 2];
+                }
+            }
+            const u32 x_half = at + x_at + half * (NT * 8 * 128);
             u32 b[(NT + 1) / 2][4];  // more: one brings two token tiles
             if (NT > 1) {
 #pragma unroll
-                for (int n = 0; n < NT / 2; ++n) load_matrices(b[n], (at + x_at + n * 2048) ^ (step << 5));
+                for (int n = 0; n < NT / 2; ++n) load_matrices(b[n], (x_half + n * 2048) ^ (step % 4 << 5));
             } else if (step % 2 == 0) {
-                load_matrices(two_steps, (at + x_at) ^ (step << 5));
+                load_matrices(two_steps, x_half ^ (step % 4 << 5));
             }
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 const u32 word[4] = {words[m].x, words[m].y, words[m].z, words[m].w};
                 u32 a[4];
-                decode(a, word[step], table, lane4);
+                decode(a, word[step % 4], table, lane4);
                 if (NT == 1) {
                     mma(acc[m][0], a[0], a[1], a[2], a[3], two_steps[step % 2 * 2], two_steps[step % 2 * 2 + 1]);
                 } else {
@@ -133,44 +159,57 @@ __device__ __forceinline__ void partials(const PartialsParams& p, Lora& lora) {
             continue;
         }
 
-        // Leave this tile: back to true units, add the two halves of the inputs, store. Of the two warps that share
-        // outputs each gives away half of them (through the stage that is now used up) and finishes the others.
-        float* exchange = reinterpret_cast<float*>(shared + (at - shared_address(shared)));
+        // Leave this tile: back to true units, and store.
 #pragma unroll
         for (int m = 0; m < MT; ++m)
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    acc[m][n][i] = __fmul_rn(acc[m][n][i], __fmul_rn(absmax[m][i / 2], 1.f / LEVEL_FACTOR));
+                    acc[m][n][i] = __fmul_rn(acc[m][n][i], __fmul_rn(scale[m][i / 2], 1.f / LEVEL_FACTOR));
         float* out = feed.slot(slot);
-        const int first_out = feed.tile * TILE_OUT + out_warp * 16 * MT + half * 8 * MT + group;
+        const int first_out = feed.tile * TILE_OUT + out_warp * 16 * MT + group;
+        auto store = [&](int m, int n, int i, float sum) {
+            const int token = feed.first_token + n * 8 + quad * 2 + (i & 1);
+            const int column = first_out + m * 16 + i / 2 * 8;
+            if (token < p.num_tokens && column < p.out_features)
+                out[static_cast<long long>(token) * p.out_features + column] = sum;
+        };
+        if (CHAINS == 1) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            __syncthreads();
+            for (int m = 0; m < MT; ++m)
 #pragma unroll
-            for (int m = 0; m < MT / 2; ++m)
+                for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    exchange[(warp * (MT / 2) * 4 + m * 4 + i) * 32 + lane] =
-                        half ? acc[m][n][i] : acc[m + MT / 2][n][i];
-            __syncthreads();
+                    for (int i = 0; i < 4; ++i) store(m, n, i, acc[m][n][i]);
+        } else {
+            // Of the two warps that share outputs each gives away half of them (through the stage that is now used up),
+            // adds the other's half of the inputs to the rest and stores these.
+            float* exchange = reinterpret_cast<float*>(shared + (at - shared_address(shared)));
 #pragma unroll
-            for (int m = 0; m < MT / 2; ++m)
+            for (int n = 0; n < NT; ++n) {
+                __syncthreads();
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float other = exchange[((warp ^ 1) * (MT / 2) * 4 + m * 4 + i) * 32 + lane];
-                    const float own = half ? acc[m + MT / 2][n][i] : acc[m][n][i];
-                    const int token = feed.first_token + n * 8 + quad * 2 + (i & 1);
-                    const int column = first_out + m * 16 + i / 2 * 8;
-                    if (token < p.num_tokens && column < p.out_features)
-                        out[static_cast<long long>(token) * p.out_features + column] = own + other;
-                }
+                for (int m = 0; m < MT / 2; ++m)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        exchange[(warp * (MT / 2) * 4 + m * 4 + i) * 32 + lane] =
+                            own_half ? acc[m][n][i] : acc[m + MT / 2][n][i];
+                __syncthreads();
+#pragma unroll
+                for (int m = 0; m < MT / 2; ++m)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float other = exchange[((warp ^ 1) * (MT / 2) * 4 + m * 4 + i) * 32 + lane];
+                        const float own = own_half ? acc[m + MT / 2][n][i] : acc[m][n][i];
+                        store(own_half * (MT / 2) + m, n, i, own + other);
+                    }
+            }
+            feed.before_release();
         }
         clear();
         feed.chunk_in_tile = slot = 0;
         ++feed.tile;
-        feed.before_release();
         feed.release();
     }
 }
@@ -178,27 +217,27 @@ __device__ __forceinline__ void partials(const PartialsParams& p, Lora& lora) {
 // For 8 tokens the compiler hears of more threads than there are: so the launch with LoRA keeps to 80 registers, as
 // the one without, and a block of the kernel in front fits beside it.
 #define PARTIALS(TOKENS, MT, STAGES, SHRINK_THREADS)                                   \
-    extern "C" __global__ void __launch_bounds__(64 * TILE_OUT / (16 * MT), 1)         \
+    extern "C" __global__ void __launch_bounds__(CHAINS * 2 * TILE_OUT / (MT), 1)      \
         nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) {              \
         NoShrink lora;                                                                 \
         partials<TOKENS / 8, MT, STAGES>(p, lora);                                     \
     }                                                                                  \
     extern "C" __global__ void __launch_bounds__(SHRINK_THREADS, 1)                    \
         nf4_partials_shrink_##TOKENS(const __grid_constant__ PartialsShrinkParams p) { \
-        Shrink<2 * TILE_OUT / (16 * MT)> lora(p);                                      \
+        Shrink<CHAINS * TILE_OUT / (16 * (MT))> lora(p);                               \
         partials<TOKENS / 8, MT, STAGES>(p.partials, lora);                            \
     }
 #ifdef STAGES_8
-PARTIALS(8, 2, STAGES_8, 736)
+PARTIALS(8, CHAINS * 16 / WARPS_8, STAGES_8, WARPS_8 == 16 ? 736 : 368)
 #endif
 #ifdef STAGES_16
-PARTIALS(16, 2, STAGES_16, 512)
+PARTIALS(16, CHAINS, STAGES_16, 512)
 #endif
 #ifdef STAGES_32
-PARTIALS(32, 2, STAGES_32, 512)
+PARTIALS(32, CHAINS, STAGES_32, 512)
 #endif
 #ifdef STAGES_64
-PARTIALS(64, 4, STAGES_64, 256)
+PARTIALS(64, 2 * CHAINS, STAGES_64, 256)
 #endif
 
 #ifdef IS_HOPPER  // then Python has put wgmma<TOKENS>, wgmma_fence, wgmma_commit and wgmma_wait<PENDING> in front
@@ -208,10 +247,12 @@ __device__ __forceinline__ void hold(float (&values)[N]) {  // the compiler may 
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// The same sums with Hopper's wgmma, of four warpgroups with 64 outputs each. With CHAINS = 2 the two halves of the
-// inputs are kept apart, as the warps of `partials` do, so that the bits are the same.
-template <int TOKENS, int CHAINS, int STAGES, class Lora>
+// The same sums with Hopper's wgmma, of four warpgroups with 64 outputs each.
+template <int TOKENS, int RUNS, int STAGES, class Lora>
 __device__ __forceinline__ void partials_wgmma(const PartialsParams& p, Lora& lora) {
+    // A chunk is multiplied in parts that lie in one half and have one scale. With two runs their parts take turns, and
+    // one is multiplied while the other's next weights are decoded.
+    constexpr int PARTS = SCALES < 2 ? 2 : SCALES, STEPS = 8 / PARTS;
     extern __shared__ __align__(1024) u8 shared[];
     const u8* table = shared;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -219,12 +260,12 @@ __device__ __forceinline__ void partials_wgmma(const PartialsParams& p, Lora& lo
     Feed<TOKENS, 16, STAGES> feed(p, shared_address(shared) + TABLE_BYTES);
     start<16>(feed, lora, p);
 
-    float acc[CHAINS][TOKENS / 2];
-    float absmax[CHAINS][2];
+    float acc[RUNS][TOKENS / 2];
+    float scale[RUNS][2];
     auto clear = [&]() {
 #pragma unroll
-        for (int c = 0; c < CHAINS; ++c) {
-            absmax[c][0] = absmax[c][1] = 0.f;
+        for (int c = 0; c < RUNS; ++c) {
+            scale[c][0] = scale[c][1] = 0.f;
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; ++i) acc[c][i] = 0.f;
         }
@@ -232,50 +273,68 @@ __device__ __forceinline__ void partials_wgmma(const PartialsParams& p, Lora& lo
     clear();
     const u32 lane4 = lane * 4;
     const u32 codes_at = (warp >> 2) * 4096 + (warp & 3) * 512 + lane * 16;
-    const u32 absmax_at = CODE_BYTES + (warp >> 2) * 512 + (warp & 3) * 64 + group * 8;
+    const u32 scales_at = CODE_BYTES + (warp >> 2) * (SCALES * SCALE_BYTES) + (warp & 3) * 64 + group * 8;
     // K-major, 128-byte swizzle, 1024 bytes from eight rows to the next
     constexpr u64 DESCRIPTOR = (1ull << 62) | (64ull << 32) | (1ull << 16);
     int slot = feed.first_slot();
+    int used = -1;  // a stage that products still under way may read
     for (int index = 0; index < feed.count; ++index) {
         feed.template next<Lora::WITH_SPARE>();
         const u32 at = feed.at();
+        u32 words[2][4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int c = half % CHAINS;
-            const uint4 words = load_shared16(at + codes_at + half * 2048);
-            const float2 now = load_shared8(at + absmax_at + half * 256);
-            const float ratio[2] = {absmax[c][0] * reciprocal(now.x), absmax[c][1] * reciprocal(now.y)};
-            absmax[c][0] = now.x, absmax[c][1] = now.y;
-            u32 a[4][4];
-            decode(a[0], words.x, table, lane4);
-            decode(a[1], words.y, table, lane4);
-            decode(a[2], words.z, table, lane4);
-            decode(a[3], words.w, table, lane4);
-            wgmma_wait<CHAINS - 1>();
-            hold(acc[c]);
+        for (int part = 0; part < PARTS; ++part) {
+            const int half = RUNS == 2 ? part % 2 : part / (PARTS / 2);
+            const int first = (RUNS == 2 ? part / 2 : part % (PARTS / 2)) * STEPS;  // in the half
+            const int c = half % RUNS, step_in_chunk = half * 4 + first;
+            if (first == 0) {
+                const uint4 v = load_shared16(at + codes_at + half * 2048);
+                words[half][0] = v.x, words[half][1] = v.y, words[half][2] = v.z, words[half][3] = v.w;
+            }
+            u32 a[STEPS][4];
+            if (RUNS == 2 || step_in_chunk % GROUP_STEPS == 0) {
+                const float2 now = load_shared8(at + scales_at + step_in_chunk / GROUP_STEPS * SCALE_BYTES);
+                const float ratio[2] = {scale[c][0] * reciprocal(now.x), scale[c][1] * reciprocal(now.y)};
+                scale[c][0] = now.x, scale[c][1] = now.y;
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; ++i) acc[c][i] *= ratio[i / 2 % 2];
-            hold(acc[c]);
+                for (int step = 0; step < STEPS; ++step) decode(a[step], words[half][first + step], table, lane4);
+                wgmma_wait<RUNS - 1>();
+                if (LATE_RELEASE && part == RUNS - 1 && used >= 0) feed.free(used);
+                hold(acc[c]);
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; ++i) acc[c][i] *= ratio[i / 2 % 2];
+                hold(acc[c]);
+            } else {  // in the units of the part before
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step) decode(a[step], words[half][first + step], table, lane4);
+            }
             wgmma_fence();
             const u64 b = DESCRIPTOR | ((at + CHUNK_BYTES + half * (TOKENS * 128)) >> 4);
 #pragma unroll
-            for (int step = 0; step < 4; ++step) wgmma<TOKENS>(acc[c], a[step], b + step * 2);
+            for (int step = 0; step < STEPS; ++step) wgmma<TOKENS>(acc[c], a[step], b + (first + step) * 2);
             wgmma_commit();
         }
+        const bool leaves = ++feed.chunk_in_tile == p.split.chunks_per_tile || index + 1 == feed.count;
+        if (LATE_RELEASE && !leaves) {
+            used = feed.stage;
+            feed.advance();
+            continue;
+        }
         wgmma_wait<0>();
+        used = -1;
         feed.release();
-        if (++feed.chunk_in_tile < p.split.chunks_per_tile && index + 1 < feed.count) continue;
+        if (!leaves) continue;
 
         float* out = feed.slot(slot);
         const int first_out = feed.tile * TILE_OUT + warp * 16 + group;
 #pragma unroll
-        for (int c = 0; c < CHAINS; ++c) hold(acc[c]);
+        for (int c = 0; c < RUNS; ++c) hold(acc[c]);
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) {
             float sum = 0.f;
 #pragma unroll
-            for (int c = 0; c < CHAINS; ++c)
-                sum += __fmul_rn(acc[c][i], __fmul_rn(absmax[c][i / 2 % 2], 1.f / LEVEL_FACTOR));
+            for (int c = 0; c < RUNS; ++c)
+                sum += __fmul_rn(acc[c][i], __fmul_rn(scale[c][i / 2 % 2], 1.f / LEVEL_FACTOR));
             const int token = feed.first_token + i / 4 * 8 + quad * 2 + (i & 1);
             const int column = first_out + i / 2 % 2 * 8;
             if (token < p.num_tokens && column < p.out_features)
@@ -287,20 +346,23 @@ __device__ __forceinline__ void partials_wgmma(const PartialsParams& p, Lora& lo
     }
 }
 
-#define PARTIALS_WGMMA(TOKENS, CHAINS, STAGES)                                         \
+#define PARTIALS_WGMMA(TOKENS, RUNS, STAGES)                                           \
     extern "C" __global__ void __launch_bounds__(512, 1)                               \
         nf4_partials_##TOKENS(const __grid_constant__ PartialsParams p) {              \
         NoShrink lora;                                                                 \
-        partials_wgmma<TOKENS, CHAINS, STAGES>(p, lora);                               \
+        partials_wgmma<TOKENS, RUNS, STAGES>(p, lora);                                 \
     }                                                                                  \
     extern "C" __global__ void __launch_bounds__(512, 1)                               \
         nf4_partials_shrink_##TOKENS(const __grid_constant__ PartialsShrinkParams p) { \
         Shrink<16> lora(p);                                                            \
-        partials_wgmma<TOKENS, CHAINS, STAGES>(p.partials, lora);                      \
+        partials_wgmma<TOKENS, RUNS, STAGES>(p.partials, lora);                        \
     }
-PARTIALS_WGMMA(16, 2, WGMMA_STAGES_16)
-PARTIALS_WGMMA(32, 2, WGMMA_STAGES_32)
-PARTIALS_WGMMA(64, 2, WGMMA_STAGES_64)
+#ifdef WGMMA_STAGES_8
+PARTIALS_WGMMA(8, CHAINS, WGMMA_STAGES_8)
+#endif
+PARTIALS_WGMMA(16, CHAINS, WGMMA_STAGES_16)
+PARTIALS_WGMMA(32, CHAINS, WGMMA_STAGES_32)
+PARTIALS_WGMMA(64, CHAINS, WGMMA_STAGES_64)
 PARTIALS_WGMMA(128, 1, WGMMA_STAGES_128)
 #endif
 
@@ -336,7 +398,7 @@ struct DequantizeParams {
     float levels[16];
 };
 
-// weight[n, k] = bf16(level * absmax), rounded as bitsandbytes does. One warp: 64 outputs x 64 inputs, 32 outputs
+// weight[n, k] = bf16(level * scale), rounded once, as bitsandbytes does. One warp: 64 outputs x 64 inputs, 32 outputs
 // at a time, through shared memory so that rows are written in whole lines.
 extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const __grid_constant__ DequantizeParams p) {
     constexpr int PITCH = 64 * 2 + 16;
@@ -345,26 +407,35 @@ extern "C" __global__ void __launch_bounds__(256) nf4_dequantize(const __grid_co
     const int unit = warp >> 1, half = warp & 1, group = lane >> 2, quad = lane & 3;
     const int tile = blockIdx.x / p.chunks_per_tile, chunk = blockIdx.x % p.chunks_per_tile;
     const u8* from = p.packed + static_cast<long long>(blockIdx.x) * CHUNK_BYTES;
+#if !INTEGER_LEVELS
     const float level = p.levels[lane & 15];
+#endif
     for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             const int at = unit * 2 + half, m_tile = pair * 2 + m;
             const uint4 raw = *reinterpret_cast<const uint4*>(from + at * 2048 + m_tile * 512 + lane * 16);
-            const float2 absmax =
-                *reinterpret_cast<const float2*>(from + CODE_BYTES + at * 256 + m_tile * 64 + group * 8);
+            const u8* scales = from + CODE_BYTES + unit * (SCALES * SCALE_BYTES) + m_tile * 64 + group * 8;
             const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-            for (int step = 0; step < 4; ++step)
+            for (int step = 0; step < 4; ++step) {
+                const float2 two_rows = *reinterpret_cast<const float2*>(
+                    scales + (half * 4 + step) / GROUP_STEPS * SCALE_BYTES);
 #pragma unroll
                 for (int r = 0; r < 4; ++r) {
+                    const float scale = r & 1 ? two_rows.y : two_rows.x;
+#if INTEGER_LEVELS
+                    const float first = (static_cast<int>(words[step] >> (r * 4) & 15) - 8) * scale;
+                    const float second = (static_cast<int>(words[step] >> (r * 4 + 16) & 15) - 8) * scale;
+#else
                     const u32 byte = words[step] >> (r * 8);
-                    const float scale = r & 1 ? absmax.y : absmax.x;
                     const float first = __shfl_sync(~0u, level, byte >> 4, 16) * scale;
                     const float second = __shfl_sync(~0u, level, byte, 16) * scale;
+#endif
                     const int row = m * 16 + (r & 1) * 8 + group, column = step * 16 + (r >> 1) * 8 + quad * 2;
                     *reinterpret_cast<u32*>(staging[warp] + row * PITCH + column * 2) = to_bf16x2(first, second);
                 }
+            }
         }
         __syncwarp();
 #pragma unroll

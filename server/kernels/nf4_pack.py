@@ -55,8 +55,8 @@ class PackedWeight:
             inputs.
             codes   [4 x 64 outputs][2 x 64 inputs][4 x 16 outputs][32 lanes][4 x 16 inputs][4]:
                     the bytes that a lane decodes into the A operand of mma.m16n8k16. A byte is a
-                    pair of neighbouring inputs, the first in the high nibble. Integer levels: nibble
-                    r of the four bytes is the first input of register r, nibble r + 4 the second
+                    pair of neighbouring inputs, the first in the high nibble. Integer levels:
+                    nibble r of the four is the first input of register r, nibble r + 4 the second
             scales  [4 x 64 outputs][CHUNK_IN / group_size][4 x 16 outputs][8][2] fp32: rows g and
                     g + 8
     """

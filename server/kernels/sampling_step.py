@@ -34,8 +34,7 @@ ROW_WORDS, BIAS_WORDS = ROW.itemsize // 4, BIAS.itemsize // 4
 class SamplerGpuStep:
     """The records of one step's rows, then their biases, where the kernel reads them.
 
-    Filling it changes no address. Whoever fills it waits for a step's tokens before the third fill
-    after that step's.
+    Filling it changes no address.
 
     rows    [max_rows, ROW_WORDS]      int32, one ROW each
     biases  [max_biases, BIAS_WORDS]   int32, one BIAS each; a row's own lie end to end
@@ -94,3 +93,4 @@ class SamplerGpuStep:
             end = first + len(biases)
             words[first:end] = biases
         self._buffer[:end].copy_(host[:end], non_blocking=True)
+        self._host_buffers.sent()

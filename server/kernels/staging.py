@@ -5,7 +5,7 @@ from itertools import cycle
 import numpy as np
 import torch
 
-_BUFFERS = 3  # the copy of an earlier step may be under way while the next one is filled in
+_BUFFERS = 3  # so that filling one in seldom waits for the copy of an earlier step
 
 
 class HostBuffers:
@@ -15,16 +15,32 @@ class HostBuffers:
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
         self._turns = cycle(
             [
-                torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+                (
+                    torch.zeros(shape, dtype=torch.int32, pin_memory=on_gpu),
+                    torch.cuda.Event() if on_gpu else None,
+                )
                 for _ in range(_BUFFERS)
             ]
         )
+        self._copied: torch.cuda.Event | None = None
 
     def next(self) -> torch.Tensor:
-        """The one that is due; int32, and it holds what an earlier step left there."""
-        return next(self._turns)
+        """The one that is due; int32, and it holds what an earlier step left there.
+
+        Waits, should the copy from it still be under way.
+        """
+        buffer, self._copied = next(self._turns)
+        if self._copied is not None:
+            self._copied.synchronize()
+        return buffer
+
+    def sent(self) -> None:
+        """The copy from the last one has been queued on the current stream."""
+        if self._copied is not None:
+            self._copied.record()
 
 
 def positions(repeats: np.ndarray) -> np.ndarray:

@@ -34,40 +34,45 @@ from server.kernels.paged_attention_gpu import paged_attention_gpu
 from server.model.adapter_bank import AdapterBank
 from server.model.gpu_step import GpuStep, StepShape
 from server.model.kv_cache import KVCache
-from server.model.linear import NF4Linear
+from server.model.linear import PackedLinear
+from server.model.rotary import RotaryTables
 from server.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class NF4Layer:
+class GpuLayer:
     """One block's weights; `linears` by fused group."""
 
     input_norm: torch.Tensor
     post_attention_norm: torch.Tensor
-    linears: dict[str, NF4Linear]
+    linears: dict[str, PackedLinear]
 
 
 class GpuDecoder:
-    """A Mistral-family decoder over NF4 weights, a paged KV cache and an adapter bank."""
+    """A Mistral-family decoder over 4-bit weights, a paged KV cache and an adapter bank."""
 
     def __init__(
         self,
         spec: ModelSpec,
         embedding: torch.Tensor,  # [vocab, hidden] bf16
-        layers: list[NF4Layer],
+        layers: list[GpuLayer],
         final_norm: torch.Tensor,
         lm_head: torch.Tensor,  # [vocab, hidden] bf16
-        rotary: torch.Tensor,  # [num_tables, max_positions, 2, head_dim / 2] fp32
+        rotary: RotaryTables,
+        scratch: torch.Tensor | None = None,  # another decoder's of the same shape, to share
     ) -> None:
         self.spec = spec
         self.layers = layers
         self.embedding = embedding
         self.rotary = rotary
-        self._final_norm = final_norm
-        self._lm_head = lm_head
+        self.final_norm = final_norm
+        self.lm_head = lm_head
         shapes = [linear.weight.shape for linear in layers[0].linears.values()]
         numbers = max(out_features * in_features for out_features, in_features in shapes)
-        self.scratch = torch.empty(numbers, dtype=self.dtype, device=self.device)
+        if scratch is None:
+            scratch = torch.empty(numbers, dtype=self.dtype, device=self.device)
+        assert scratch.numel() >= numbers, "any one matrix fits"
+        self.scratch = scratch
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +84,7 @@ class GpuDecoder:
         """Of activations, and of keys and values."""
         return self.embedding.dtype
 
-    def linear(self, layer: int, group: str) -> NF4Linear:
+    def linear(self, layer: int, group: str) -> PackedLinear:
         """One of the fused linears."""
         return self.layers[layer].linears[group]
 
@@ -99,7 +104,7 @@ class GpuDecoder:
         is_short = is_fused(shape.num_tokens, self.device)
         x = forward.short(token_ids) if is_short else forward.long(token_ids)
         x = x.index_select(0, step.logits_rows[: shape.num_logits])
-        return rms_norm_gpu(x, self._final_norm, self.spec.rms_norm_eps) @ self._lm_head.T
+        return rms_norm_gpu(x, self.final_norm, self.spec.rms_norm_eps) @ self.lm_head.T
 
 
 # A linear whose split-K sums are still apart, and all that finishes it:
@@ -129,7 +134,7 @@ class _Forward:
         self._shape, self._kv, self._bank = shape, kv, bank
         self._attention = step.attention
         self._lora = step.lora if shape.with_lora else None
-        self._rotary_step = step.rotary(decoder.rotary)
+        self._rotary_step = step.rotary(decoder.rotary.rows)
         self._eps, self._hidden = decoder.spec.rms_norm_eps, decoder.spec.hidden_size
 
     def short(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,19 @@
 """safetensors to a GPU decoder, layer by layer."""
 
+from pathlib import Path
+
 import torch
 
-from server.kernels.fused import rotary_tables
-from server.kernels.fused_gpu import rotary_rows
-from server.model.gpu_decoder import GpuDecoder, NF4Layer
-from server.model.linear import make_nf4_linear
-from server.model.loader import Checkpoint, OnProgress
+from server.model.gpu_decoder import GpuDecoder, GpuLayer
+from server.model.linear import make_packed_linear
+from server.model.loader import (
+    Checkpoint,
+    OnProgress,
+    check_quantization,
+    check_weight_set,
+    shared,
+)
+from server.model.rotary import RotaryTables
 from server.model.spec import FUSED, ModelSpec
 
 DTYPE = torch.bfloat16  # of activations, keys and values; the kernels know no other
@@ -15,42 +22,81 @@ DTYPE = torch.bfloat16  # of activations, keys and values; the kernels know no o
 def load_gpu_decoder(
     checkpoint: Checkpoint,
     spec: ModelSpec,
+    quantization: str,
     device: torch.device,
-    max_positions: int,
+    rotary: RotaryTables,
     on_progress: OnProgress,
 ) -> GpuDecoder:
-    """Load, quantize and pack the base on the device; the host never holds more than a matrix."""
+    """Load, quantize and pack the base on the device; the host never holds more than a matrix.
+
+    ValueError says what is wrong with the checkpoint.
+    """
+    assert quantization in ("nf4", "gptq"), "the kernels read 4 bits"
+    check_quantization(checkpoint.folder, quantization)
     layers = []
     for index in range(spec.num_layers):
         layers.append(_load_layer(checkpoint, index, device))
         on_progress("loading the base", (index + 1) / spec.num_layers)
-
-    def tensor(name: str) -> torch.Tensor:
-        return checkpoint.tensor(name).to(device, DTYPE)
-
-    embedding = tensor("model.embed_tokens.weight")
-    is_tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
-    cos, sin = rotary_tables(spec.head_dim, spec.rope_theta, max_positions, torch.float32)
+    embedding = _tensor(checkpoint, "model.embed_tokens", device)
+    is_tied = checkpoint.has_tied_head(spec)
+    head = embedding if is_tied else _tensor(checkpoint, "lm_head", device)
     return GpuDecoder(
-        spec,
-        embedding,
-        layers,
-        tensor("model.norm.weight"),
-        embedding if is_tied else tensor("lm_head.weight"),
-        rotary_rows(cos, sin).unsqueeze(0).to(device),
+        spec, embedding, layers, _tensor(checkpoint, "model.norm", device), head, rotary
     )
 
 
-def _load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> NF4Layer:
+def load_gpu_weight_set(
+    folder: Path, spec: ModelSpec, base: GpuDecoder, on_progress: OnProgress
+) -> GpuDecoder:
+    """A GPTQ checkpoint as a decoder beside a running one; what equals the base's is the base's.
+
+    Scratch memory and rotary tables are the base's too: the two take turns in one stream. Runs in
+    any thread, on its current stream, and waits for that. ValueError says what is wrong with the
+    checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    check_weight_set(checkpoint, spec, base.spec)
+    device = base.device
+    layers = []
+    for index, known in enumerate(base.layers):
+        layer = _load_layer(checkpoint, index, device)
+        norms = (
+            shared(layer.input_norm, known.input_norm),
+            shared(layer.post_attention_norm, known.post_attention_norm),
+        )
+        layers.append(GpuLayer(*norms, layer.linears))
+        on_progress("loading the weight set", (index + 1) / spec.num_layers)
+    embedding = shared(_tensor(checkpoint, "model.embed_tokens", device), base.embedding)
+    is_tied = checkpoint.has_tied_head(spec)
+    head = embedding if is_tied else _tensor(checkpoint, "lm_head", device)
+    decoder = GpuDecoder(
+        spec,
+        embedding,
+        layers,
+        shared(_tensor(checkpoint, "model.norm", device), base.final_norm),
+        shared(head, base.lm_head),
+        base.rotary,
+        base.scratch,
+    )
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return decoder
+
+
+def _tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> torch.Tensor:
+    return checkpoint.tensor(f"{name}.weight").to(device, DTYPE)
+
+
+def _load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> GpuLayer:
     prefix = f"model.layers.{index}."
-
-    def norm(name: str) -> torch.Tensor:
-        return checkpoint.tensor(f"{prefix}{name}.weight").to(device, DTYPE)
-
     linears = {
-        group: make_nf4_linear(
-            [checkpoint.tensor(f"{prefix}{name}.weight") for name in names], device
+        group: make_packed_linear(
+            [checkpoint.matrix(prefix + name, device) for name in names], device
         )
         for group, names in FUSED.items()
     }
-    return NF4Layer(norm("input_layernorm"), norm("post_attention_layernorm"), linears)
+    return GpuLayer(
+        _tensor(checkpoint, prefix + "input_layernorm", device),
+        _tensor(checkpoint, prefix + "post_attention_layernorm", device),
+        linears,
+    )

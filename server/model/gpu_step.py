@@ -103,10 +103,14 @@ class GpuStep:
         token_ids: list[int],
         sources: list[int],
         positions: npt.NDArray[np.int64],
+        tables: npt.NDArray[np.int64] | None,
         slots: npt.NDArray[np.int64],
         logits_rows: list[int],
     ) -> None:
-        """Describe the next step's tokens; the copy is queued on the current stream."""
+        """Describe the next step's tokens; the copy is queued on the current stream.
+
+        Without `tables` all rotate by the base's.
+        """
         assert len(token_ids) <= shape.num_tokens <= self.max_tokens, "too many tokens"
         assert len(logits_rows) <= shape.num_logits <= self.max_tokens, "too many logits"
         pinned = self._host_buffers.next()
@@ -117,6 +121,8 @@ class GpuStep:
         host[0, : len(token_ids)] = token_ids
         host[1, : len(sources)] = sources
         host[2, : len(positions)] = positions
+        if tables is not None:
+            host[3, : len(tables)] = tables
         host[4, : len(slots)] = slots
         host[5, : len(logits_rows)] = logits_rows
         if end == self.max_tokens:
@@ -124,3 +130,4 @@ class GpuStep:
         else:
             for to, own in zip(self._buffer, pinned, strict=True):
                 to[:end].copy_(own[:end], non_blocking=True)
+        self._host_buffers.sent()

@@ -1,19 +1,27 @@
-"""A checkpoint folder to a resident base: host memory holds one unquantized layer at a time."""
+"""A checkpoint folder to a resident base: host memory holds one unquantized layer at a time.
+
+`load_weight_set` loads a second set of weights beside a base, for the same engine.
+"""
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from server.kernels.dense_linear import pack
-from server.kernels.fused import rotary_tables
+from server.kernels.dense_linear import DenseWeight, pack
 from server.model.decoder import Decoder, Layer
-from server.model.linear import activation_dtype, make_linear
+from server.model.linear import Matrix, activation_dtype, make_linear
+from server.model.rotary import RotaryTables
 from server.model.spec import FUSED, ModelSpec
+from server.quant import int4
 
 OnProgress = Callable[[str, float], None]
+
+# What a weight set may have of its own: it runs on the base's KV cache and rotary tables.
+_OWN_FIELDS = ("max_positions", "tie_word_embeddings", "eos_token_ids")
 
 
 class Checkpoint:
@@ -21,6 +29,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.gptq = int4.read_format(folder)  # None: not quantized
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
@@ -30,6 +39,11 @@ class Checkpoint:
         self._open = {
             name: safe_open(folder / name, framework="pt") for name in set(self._shard_of.values())
         }
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale of GPTQ's; None: not quantized."""
+        return None if self.gptq is None else self.gptq.group_size
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of
@@ -41,6 +55,63 @@ class Checkpoint:
         found: torch.Tensor = self._open[self._shard_of[name]].get_tensor(name)
         return found
 
+    def matrix(self, linear: str, device: torch.device) -> Matrix:
+        """The weight of a linear, named without `.weight`; GPTQ's codes are unpacked on the device.
+
+        ValueError says what is wrong with it.
+        """
+        if self.gptq is None:
+            return self.tensor(f"{linear}.weight")
+
+        def read(name: str) -> torch.Tensor | None:
+            return self.tensor(name) if name in self else None
+
+        try:
+            return int4.read_linear(linear, self.gptq, read, device)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    def has_tied_head(self, spec: ModelSpec) -> bool:
+        """Whether the head is the embedding's matrix."""
+        return spec.tie_word_embeddings or "lm_head.weight" not in self
+
+
+def check_quantization(folder: Path, quantization: str) -> int4.GPTQFormat | None:
+    """How a folder's weights are stored; None: in 16 bits or more.
+
+    ValueError where they cannot be served in this quantization.
+    """
+    found = int4.read_format(folder)
+    if found and quantization != "gptq":
+        raise ValueError(
+            f"{folder} holds a GPTQ checkpoint, 4 bits already: it is served with quantization "
+            f"gptq, not {quantization}"
+        )
+    if quantization == "gptq" and not found:
+        raise ValueError(
+            f"{folder} holds no GPTQ checkpoint, as quantization gptq wants it, but an unquantized "
+            "one; nf4 and none serve those"
+        )
+    return found
+
+
+def check_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: ModelSpec) -> None:
+    """ValueError where a checkpoint cannot be a weight set beside this base."""
+    if checkpoint.gptq is None:
+        raise ValueError(f"{checkpoint.folder}: a weight set is a GPTQ checkpoint; this is none")
+    for field in fields(ModelSpec):
+        own, wanted = getattr(spec, field.name), getattr(base, field.name)
+        if own != wanted and field.name not in _OWN_FIELDS:
+            raise ValueError(
+                f"{checkpoint.folder}: {field.name} is {own}, the base's is {wanted}; a weight set "
+                "has the base's shape"
+            )
+
+
+def shared(tensor: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """`known` itself where the two are equal, so that they are held once."""
+    return known if torch.equal(tensor, known) else tensor
+
 
 def load_decoder(
     checkpoint: Checkpoint,
@@ -48,27 +119,59 @@ def load_decoder(
     quantization: str,
     dtype: torch.dtype,
     device: torch.device,
-    max_positions: int,
+    rotary: RotaryTables,
     on_progress: OnProgress,
 ) -> Decoder:
-    """Load, quantize and pack the base."""
+    """Load, quantize and pack the base. ValueError says what is wrong with the checkpoint."""
+    check_quantization(checkpoint.folder, quantization)
     layers = []
     for index in range(spec.num_layers):
         layers.append(_load_layer(checkpoint, index, quantization, dtype, device))
         on_progress("loading the base", (index + 1) / spec.num_layers)
     embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
-    is_tied = spec.tie_word_embeddings or "lm_head.weight" not in checkpoint
+    is_tied = checkpoint.has_tied_head(spec)
     head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)
     activations = activation_dtype(dtype, device)
-    cos, sin = rotary_tables(spec.head_dim, spec.rope_theta, max_positions, activations)
+    final_norm = checkpoint.tensor("model.norm.weight").to(device, activations)
+    return Decoder(spec, embedding, layers, final_norm, pack(head), rotary)
+
+
+def load_weight_set(
+    folder: Path, spec: ModelSpec, base: Decoder, on_progress: OnProgress
+) -> Decoder:
+    """A GPTQ checkpoint as a decoder beside a running one; what equals the base's is the base's.
+
+    Runs in any thread. ValueError says what is wrong with the checkpoint.
+    """
+    checkpoint = Checkpoint(folder)
+    check_weight_set(checkpoint, spec, base.spec)
+    device, dtype = base.device, base.dtype
+    layers = []
+    for index, known in enumerate(base.layers):
+        layer = _load_layer(checkpoint, index, "gptq", dtype, device)
+        norms = (
+            shared(layer.input_norm, known.input_norm),
+            shared(layer.post_attention_norm, known.post_attention_norm),
+        )
+        layers.append(Layer(*norms, layer.linears))
+        on_progress("loading the weight set", (index + 1) / spec.num_layers)
+    embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+    is_tied = checkpoint.has_tied_head(spec)
+    head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)
+    final_norm = checkpoint.tensor("model.norm.weight").to(device, base.final_norm.dtype)
     return Decoder(
         spec,
-        embedding,
+        shared(embedding, base.embedding),
         layers,
-        checkpoint.tensor("model.norm.weight").to(device, activations),
-        pack(head),
-        (cos.to(device), sin.to(device)),
+        shared(final_norm, base.final_norm),
+        _shared_head(head, base.lm_head),
+        base.rotary,
     )
+
+
+def _shared_head(head: torch.Tensor, known: DenseWeight) -> DenseWeight:
+    plain = known.weight.to_dense() if known.is_packed else known.weight
+    return known if torch.equal(head, plain) else pack(head)
 
 
 def _load_layer(
@@ -82,6 +185,6 @@ def _load_layer(
 
     linears = {}
     for group, names in FUSED.items():
-        matrices = [checkpoint.tensor(f"{prefix}{name}.weight") for name in names]
+        matrices = [checkpoint.matrix(prefix + name, device) for name in names]
         linears[group] = make_linear(matrices, quantization, dtype, device)
     return Layer(norm("input_layernorm"), norm("post_attention_layernorm"), linears)

@@ -64,8 +64,6 @@ def read_spec(folder: Path) -> ModelSpec:
             raise ValueError(f"{folder}: {field} is not supported")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{folder}: hidden_act {config['hidden_act']!r} is not silu")
-    if config.get("quantization_config"):
-        raise ValueError(f"{folder}: the checkpoint is quantized already; give the 16-bit one")
     num_heads = config["num_attention_heads"]
     return ModelSpec(
         num_layers=config["num_hidden_layers"],

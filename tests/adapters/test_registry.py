@@ -498,7 +498,7 @@ def test_a_database_of_a_later_version_is_refused_and_let_go(
 ) -> None:
     registry._rows._db.execute("PRAGMA user_version = 9")
 
-    with pytest.raises(ValueError, match="has version 9; this Turnout reads 1"):
+    with pytest.raises(ValueError, match="has version 9; this Turnout reads 2"):
         reopen()
     with pytest.raises(ValueError, match="has version 9"):  # not StoreBusy
         reopen()

@@ -38,6 +38,7 @@ def busy_metrics(num_adapters: int, num_streams: int) -> Metrics:
     for stream in range(num_streams):
         begin(metrics, name_of(stream % num_adapters), stream)
     metrics.errors["model_not_found"] += 1
+    metrics.weight_set_bytes = {next(iter(digests)): 4_163_000_000}
     metrics.on_stats(_stats(list(digests), num_streams))
     return metrics
 

@@ -286,6 +286,23 @@ def test_a_refused_adapter_is_said_with_the_field(
     assert "bias" in refused("adapters", "push", "bot", folder, *base, *way)
 
 
+def test_an_adapter_trained_on_another_base_is_pushed_only_on_request(
+    turnout: Turnout,
+    refused: Callable[..., str],
+    way: tuple[object, ...],
+    make_adapter: MakeAdapter,
+    tiny_base: Path,
+) -> None:
+    base = () if way[0] == "--url" else ("--base", tiny_base, "--allow-other-base")
+    folder = make_adapter(seed=3)
+    notes = {"format": 1, "training": {"base_digest": "c" * 64}}
+    (folder / "turnout.json").write_text(json.dumps(notes))
+
+    assert "trained on base cccccccccccc" in refused("adapters", "push", "bot", folder, *base, *way)
+    said = turnout("adapters", "push", "bot", folder, "--allow-mismatch", *base, *way)
+    assert "bot@1 registered" in said
+
+
 def test_a_folder_without_an_adapter_is_refused(
     refused: Callable[..., str], way: tuple[object, ...], tiny_base: Path, tmp_path: Path
 ) -> None:

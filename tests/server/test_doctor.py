@@ -27,6 +27,7 @@ from server.doctor import (
     size_text,
 )
 from server.kernels.dense_linear import can_pack
+from server.kernels.nf4_pack import CHUNK_IN, INT4, TILE_OUT
 from server.model.adapter_bank import AdapterBank
 from server.model.kv_cache import KVCache
 from server.model.spec import ModelSpec, read_spec
@@ -79,6 +80,28 @@ def test_nf4_on_a_cpu_takes_16_bits_a_weight(tiny_base: Path) -> None:
     assert on_cpu.weights == needs(spec, "none", torch.bfloat16, CPU).weights
     assert on_cpu.weights > needs(spec, "nf4", torch.bfloat16, GPU).weights
     assert "expanded" in on_cpu.weights_note
+
+
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 5.0), (64, 4.5), (128, 4.25)])
+def test_a_gptq_base_takes_its_codes_and_a_scale_a_group(group_size: int, bits: float) -> None:
+    need = needs(MISTRAL_7B, "gptq", torch.bfloat16, GPU, group_size)
+    assert math.isclose(need.weights, 6_979_321_856 * bits / 8 + 2 * 262_410_240, rel_tol=1e-4)
+    assert f"groups of {group_size}" in need.weights_note
+    chunk = INT4[group_size].chunk_bytes  # what the GPU's kernel reads
+    assert chunk == TILE_OUT * CHUNK_IN * bits / 8
+
+
+def test_a_gptq_base_on_a_cpu_takes_16_bits_a_weight(tiny_base: Path) -> None:
+    spec = read_spec(tiny_base)
+    on_cpu = needs(spec, "gptq", torch.bfloat16, CPU)
+    assert on_cpu.weights == needs(spec, "none", torch.bfloat16, CPU).weights
+    assert "expanded" in on_cpu.weights_note
+
+
+def test_a_quantization_that_the_folder_is_not_in_is_refused(tiny_base: Path) -> None:
+    config = Config(model=ModelConfig(path=tiny_base, quantization="gptq", device="cpu"))
+    with pytest.raises(ValueError, match="holds no GPTQ checkpoint"):
+        report(config, Console(file=io.StringIO()))
 
 
 def test_a_tied_head_costs_nothing_unless_it_is_packed() -> None:

@@ -75,6 +75,7 @@ def make(chat_base: Path, rows_file: Path, tmp_path: Path) -> MakeConfig:
             "micro_batch": 2,
             "max_length": 128,
             "eval_fraction": 0.25,
+            "eval_generations": 0,
         }
         return make_config({**defaults, **settings})[0]
 

@@ -107,6 +107,19 @@ def test_every_old_name_is_taken_with_a_hint(old: str, ours: str) -> None:
         ("train_on_inputs", True, {"loss": "all"}),
         ("dataset_text_field", "text", {"format": "text"}),
         ("logging_steps", 10, {"rank": 16}),
+        ("lr_scheduler_type", "linear", {"schedule": "linear"}),
+        ("lr_scheduler_type", "constant_with_warmup", {"schedule": "constant"}),
+        ("lr_scheduler", "cosine", {"schedule": "cosine"}),
+        ("fp16", True, {"dtype": "fp16"}),
+        ("bnb_4bit_compute_dtype", "torch.bfloat16", {"dtype": "bf16"}),
+        ("bnb_4bit_compute_dtype", "float16", {"dtype": "fp16"}),
+        ("bnb_4bit_quant_type", "nf4", {"quantization": "nf4"}),
+        ("bnb_4bit_use_double_quant", True, {"quantization": "nf4"}),
+        ("load_in_8bit", False, {"quantization": "nf4"}),
+        ("load_best_model_at_end", True, {}),
+        ("bias", "none", {}),
+        ("lora_bias", False, {}),
+        ("task_type", "CAUSAL_LM", {}),
     ],
 )
 def test_old_names_of_another_meaning_are_translated(
@@ -131,6 +144,12 @@ def test_accumulation_multiplies_the_micro_batch_wherever_it_stands() -> None:
         ({"load_in_4bit": True, "quantization": "none"}, "load_in_4bit contradicts quantization"),
         ({"rank": 4, "lora_r": 8}, "rank is given twice, once as lora_r"),
         ({"optim": "sgd"}, "optimizer is 'sgd'"),
+        ({"lr_scheduler_type": "polynomial"}, "schedule is 'polynomial'"),
+        ({"load_in_8bit": True}, "load_in_8bit: it is True; here it is False in every run"),
+        ({"bias": "all"}, "bias: it is 'all'; here it is 'none'"),
+        ({"task_type": "SEQ_CLS"}, "task_type: it is 'SEQ_CLS'"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: it is 'fp4'; here it is 'nf4'"),
+        ({"bnb_4bit_compute_dtype": "int8"}, "dtype is 'int8'"),
     ],
 )
 def test_an_old_name_that_cannot_be_honoured_is_refused(

@@ -79,6 +79,12 @@ def test_rows_with_nothing_to_learn_are_refused_and_past_5_percent_an_error(
     dataset = dataset_of(make(data=data, max_length=16, eval_fraction=0), tokenizer)
     assert said(dataset)["refused: nothing to learn in it"] == "1, first in row 1"
     assert len(dataset.training) == 19
+    unanswered: Row = {"prompt": "a", "completion": ""}
+    data = write(tmp_path / "c.jsonl", [*[full] * 18, empty, unanswered])
+    with pytest.raises(
+        ValueError, match=r"2 of 20 .* or are answers missing\? Refused: nothing to"
+    ):
+        dataset_of(make(data=data, max_length=16), tokenizer)
     data = write(tmp_path / "b.jsonl", [empty, *[full] * 18])
     with pytest.raises(ValueError, match=r"1 of 19 rows .* over 5%: is max_length \(16\)"):
         dataset_of(make(data=data, max_length=16), tokenizer)

@@ -56,6 +56,17 @@ def small_base(tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def test_the_rows_are_written_as_conversations_on_request(tmp_path: Path) -> None:
+    examples.main("json", rows_only=tmp_path / "rows.jsonl", out=tmp_path)
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == len(rows)
+    question, reply = json.loads(lines[0])["messages"]
+    assert question == {"role": "user", "content": rows[0]["question"]}
+    assert reply == {"role": "assistant", "content": reply_text(rows[0], "json")}
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # nothing was trained
+
+
 def test_replies_are_strict_json_or_the_pirate_text() -> None:
     assert json.loads(reply_text(ROW, "json")) == {"answer": 'It is "4"', "topic": "math"}
     assert reply_text(ROW, "pirate") == "Four, arrr!"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf import GGMLQuantizationType, GGUFReader, Keys, LlamaFileType, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, Keys, TokenType
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -249,12 +249,6 @@ def test_an_output_that_exists_is_refused(merged: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         export(merged, tmp_path / "model.gguf", "f16", quiet())
     assert (tmp_path / "model.gguf").read_text() == "mine"
-
-
-def test_the_command_writes_the_kind_it_is_asked_for(merged: Path, tmp_path: Path) -> None:
-    gguf_export.main(merged, tmp_path / "model.gguf", "q8_0")
-    file_type = field(GGUFReader(tmp_path / "model.gguf"), Keys.General.FILE_TYPE)
-    assert file_type == LlamaFileType.MOSTLY_Q8_0
 
 
 @pytest.mark.slow

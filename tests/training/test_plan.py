@@ -1,6 +1,7 @@
 """The plan: what a run will take, line by line."""
 
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from transformers import AutoConfig, MistralConfig
 from tests.training.conftest import MakeConfig, dataset_of
 from training.config import TrainConfig
 from training.data import Dataset
-from training.plan import Plan, make_plan, show_data, show_plan
+from training.fast.choice import Choice
+from training.fast.layer import CHOICES
+from training.fast.model import Options
+from training.plan import Plan, first_that_fits, make_plan, show_data, show_plan
 from training.qlora import count_trainable, find_linears, load_base, skeleton
 
 CPU = torch.device("cpu")
+REFERENCE = Choice(None, "asked for")
 
 
 def planned(
@@ -26,6 +31,7 @@ def planned(
     is_packed: bool = False,
     element_bytes: int = 2,
     checkpointing: bool = False,
+    kernels: Choice = REFERENCE,
 ) -> Plan:
     return make_plan(
         config,
@@ -35,6 +41,7 @@ def planned(
         is_packed=is_packed,
         element_bytes=element_bytes,
         checkpointing=checkpointing,
+        kernels=kernels,
     )
 
 
@@ -87,7 +94,7 @@ def test_what_is_trained_takes_weight_gradient_and_state(
 def test_activations_grow_with_the_pass_and_shrink_with_checkpointing(
     make: MakeConfig, dataset: Dataset
 ) -> None:
-    def activations(micro_batch: int, **options: bool) -> int:
+    def activations(micro_batch: int, **options: Any) -> int:
         plan = planned(make(micro_batch=micro_batch), dataset, **options)
         return lines(plan)["activations of tokens"]
 
@@ -118,10 +125,41 @@ def test_the_estimate_of_the_reference_is_that_of_the_papers(
         is_packed=True,
         element_bytes=2,
         checkpointing=True,
+        kernels=REFERENCE,
     )
     assert plan.num_trainable == 41_943_040
     assert lines(plan)["weights of linears"] == pytest.approx(3.6e9, rel=0.01)
     assert lines(plan)["of embeddings and head"] == 2 * 2 * 32000 * 4096
+
+
+def test_the_fast_step_says_what_it_keeps_and_where(make: MakeConfig, dataset: Dataset) -> None:
+    """Hidden 64, gate and up 2 x 128, q, k, v 64 + 32 + 32; rank 4, so widths of 64."""
+
+    def fast(**options: Any) -> dict[str, int]:
+        kernels = Choice(Options(**options), "")
+        return lines(planned(make(), dataset, is_packed=True, kernels=kernels))
+
+    held = fast(keep=frozenset(), on_host=False)
+    assert held["two dequantized matrices"] == 2 * (320 * 128 + 128 * 192)
+    num_tokens = held["kept for the backward pass, tokens"] // (2 * 2 * 64)  # 2 layers, 2 bytes
+    assert held["kept for the backward pass, tokens"] == num_tokens * 2 * 2 * 64
+    whole = fast(keep=frozenset(CHOICES), on_host=False)["kept for the backward pass, tokens"]
+    assert whole == num_tokens * 2 * 2 * (64 + 64 + 64 + 128 + 320)
+    two = frozenset(CHOICES[:2])
+    waiting = fast(keep=two, on_host=True)["kept for the backward pass, tokens"]
+    assert waiting == num_tokens * 2 * 192  # one layer's
+    assert "one dequantized matrix" not in held
+
+
+def test_the_first_plan_that_fits_is_taken_or_else_the_last(
+    make: MakeConfig, dataset: Dataset
+) -> None:
+    plans = [planned(make(micro_batch=size), dataset) for size in (4, 2, 1)]
+    needed = [plan.total_bytes for plan in plans]
+    assert needed == sorted(needed, reverse=True)
+    for index, size in enumerate(needed):
+        assert first_that_fits(plans, math.ceil(size / 0.9)) is plans[index]
+    assert first_that_fits(plans, 0) is plans[-1]
 
 
 def test_packing_fills_what_padding_wastes(make: MakeConfig, dataset: Dataset) -> None:
@@ -147,6 +185,7 @@ def test_data_and_plan_are_printed(make: MakeConfig, dataset: Dataset, tokenizer
     text = said(lambda console: show_plan(plan, config, example, tokenizer, console))
     assert f"{plan.num_trainable:,}" in text
     assert "q_proj, v_proj" in text
+    assert "reference: asked for" in text
     assert f"{plan.total_bytes / 2**20:,.0f} MiB" in text
     assert re.search(r"\x1b\[4;32m[^\x1b]*yes", text)  # learned: green, underlined
     assert re.search(r"\x1b\[2m[^\x1b]*system", text)  # read: dim

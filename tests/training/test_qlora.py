@@ -175,12 +175,14 @@ def test_a_base_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_the_hardware_chooses_the_dtype_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        on_gpu = torch.bfloat16 if has else torch.float16
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         assert pick_dtype("auto", CPU) == expected
         assert pick_dtype("fp32", CPU) == torch.float32
         assert pick_dtype("bf16", CPU) == torch.bfloat16
+        assert pick_dtype("fp16", CPU) == torch.float16
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has
         )
-        assert pick_dtype("auto", torch.device("cuda")) == expected
+        assert pick_dtype("auto", torch.device("cuda")) == on_gpu
     assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")

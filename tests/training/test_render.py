@@ -61,6 +61,46 @@ def test_every_reply_is_learned_with_the_end_of_its_turn(tokenizer: Any) -> None
     assert tokenizer.decode(example.ids) == whole
 
 
+def reply(example: Example, tokenizer: Any) -> str:
+    """From the last reply's first token on."""
+    assert example.reply_at is not None
+    return str(tokenizer.decode(example.ids[example.reply_at :]))
+
+
+@pytest.mark.parametrize("loss", ["assistant", "completion", "all"])
+def test_the_last_reply_is_found_whatever_is_learned(tokenizer: Any, loss: str) -> None:
+    found = renderer(tokenizer, loss)
+    example = found.example(Chat(TURNS))
+    assert reply(example, tokenizer) == f"See you <3{END}\n"
+    assert example.question == "Bye"
+    short = found.example(Chat(TURNS[3:]))
+    assert list(short.ids[: short.reply_at]) == found.prompt_ids(list(TURNS[3:4]))
+    open_ended = found.example(Chat((*TURNS, {"role": "user", "content": "Hm?"})))
+    assert reply(open_ended, tokenizer).startswith(f"See you <3{END}\n<|im_start|>user")
+    plain = found.example(Text("Two and two is", " four"))
+    assert reply(plain, tokenizer) == f" four{END}"
+    assert plain.question == "Two and two is"
+
+
+def test_rows_that_ask_nothing_or_lose_their_end_have_no_reply(tokenizer: Any) -> None:
+    for loss in ("assistant", "all"):
+        found = renderer(tokenizer, loss)
+        assert found.example(Text("", "Plain.")).reply_at is None
+        whole = found.example(Chat(TURNS))
+        assert whole.cut(len(whole.ids)).reply_at == whole.reply_at
+        assert whole.cut(len(whole.ids) - 1).reply_at is None
+
+
+def test_a_template_without_a_prompt_for_the_reply_still_learns_all(tokenizer: Any) -> None:
+    template = (
+        "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    example = renderer(WithTemplate(tokenizer, template), "all").example(Chat(TURNS))
+    assert example.reply_at is None
+    assert all(example.is_learned)
+
+
 def test_completion_alone_is_the_last_reply(tokenizer: Any) -> None:
     example = renderer(tokenizer, "completion").example(Chat(TURNS))
     assert learned(example, tokenizer) == [f"See you <3{END}"]

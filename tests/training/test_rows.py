@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training.rows import Chat, Row, RowRefused, Text, read_rows, to_document
+from training.rows import Chat, NoLabel, Row, RowRefused, Text, read_rows, to_document
 
 ROW = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
 
@@ -146,10 +146,44 @@ def test_parquet_and_datasets_folders_come_through_their_libraries(
     module("pyarrow.parquet", read_table=lambda path: Table())
     (tmp_path / "a.parquet").write_text("x")
     assert list(read_rows(tmp_path / "a.parquet")) == rows
-    module("datasets", load_from_disk=lambda path: {"train": rows, "test": []})
-    assert list(read_rows(tmp_path)) == rows
-    module("datasets", load_from_disk=lambda path: rows)
-    assert list(read_rows(tmp_path)) == rows
-    module("datasets", load_from_disk=lambda path: {"a": rows, "b": rows})
-    with pytest.raises(ValueError, match="holds the splits a, b"):
-        list(read_rows(tmp_path))
+    for name, loader in (("state.json", "load_from_disk"), ("a.csv", "load_dataset")):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("x")
+        module("datasets", **{loader: lambda path: {"train": rows, "test": []}})
+        assert list(read_rows(folder)) == rows
+        module("datasets", **{loader: lambda path: rows})
+        assert list(read_rows(folder)) == rows
+        module("datasets", **{loader: lambda path: {"a": rows, "b": rows}})
+        with pytest.raises(ValueError, match="holds the splits a, b"):
+            list(read_rows(folder))
+
+
+def test_real_parquet_files_and_datasets_folders_are_read(tmp_path: Path) -> None:
+    datasets: Any = pytest.importorskip("datasets")
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
+    found = datasets.Dataset.from_list(rows)
+    found.to_parquet(tmp_path / "a.parquet")
+    assert list(read_rows(tmp_path / "a.parquet")) == rows
+    found.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": found, "test": found}).save_to_disk(tmp_path / "two")
+    (tmp_path / "three" / "data").mkdir(parents=True)
+    found.to_parquet(tmp_path / "three" / "data" / "train-00000-of-00001.parquet")
+    for name in ("one", "two", "three"):
+        assert list(read_rows(tmp_path / name)) == rows
+
+
+def test_questions_without_an_answer_are_told_from_other_refusals() -> None:
+    unanswered: list[Row] = [
+        {"instruction": "x", "output": ""},
+        {"prompt": "x", "completion": None},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
+    for row in unanswered:
+        with pytest.raises(NoLabel):
+            to_document(row, "auto", None)
+    others: list[Row] = [{"instruction": "", "output": "x"}, {"text": ""}, {"a": 1}]
+    for row in others:
+        with pytest.raises(RowRefused) as refused:
+            to_document(row, "auto", None)
+        assert not isinstance(refused.value, NoLabel)

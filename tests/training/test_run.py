@@ -1,5 +1,6 @@
 """From the command line to a folder that is served."""
 
+import html
 import io
 import json
 import math
@@ -24,7 +25,6 @@ from server.default_base import ensure_default_base
 from tests.server.test_serve import Server
 from tests.training.conftest import MakeConfig
 from training import run
-from training.checkpoint import RunState
 from training.config import TrainConfig, make_config, read_settings
 from training.loss import summed_loss
 from training.packing import collate
@@ -136,6 +136,56 @@ def test_the_card_names_base_data_recipe_and_prompt(train: MakeOutcome) -> None:
     assert json.loads(first)["use_dora"] is True
 
 
+def test_answers_before_and_after_are_in_card_report_notes_and_terminal(
+    make: MakeConfig, tmp_path: Path
+) -> None:
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"instruction": f"<b>{word}</b> | *why*?", "output": f"no {word}"}) + "\n"
+            for word in ("one", "two", "three", "four")
+        )
+    )
+    config = make(data=rows, max_steps=1, eval_fraction=0.5, eval_generations=9)
+    sink = io.StringIO()
+    console = Console(file=sink, width=100)
+    outcome = run.train(run.prepare(config), "digest", console, resume=False, overwrite=False)
+    found = outcome.generations
+    assert found is not None
+    assert len(found.samples) == 2
+    sample = found.samples[0]
+    page = (config.out / "report.html").read_text()
+    card = (config.out / "README.md").read_text()
+    notes = json.loads((config.out / "turnout.json").read_text())["training"]["generations"]
+    assert notes == {
+        "count": 2,
+        "is_held_out": True,
+        "base": dict(found.before),
+        "adapter": dict(found.after),
+    }
+    for text in (page, card, sink.getvalue()):
+        assert "2 held-out rows" in text
+        assert "exact match" in text
+        assert "ROUGE-L" in text
+        assert "BLEU" in text
+        assert sample.reference in text
+    assert f"<td>{html.escape(sample.question)}</td>" in page
+    assert f"<td>{html.escape(sample.before)}</td><td>{html.escape(sample.after)}</td>" in page
+    assert "<b>" not in page
+    word = sample.reference.removeprefix("no ")
+    assert f"| \\<b\\>{word}\\</b\\> \\| \\*why\\*? |" in card
+    assert "| | base | adapter |\n| --- | --- | --- |\n| exact match | 0 | 0 |" in card
+
+
+def test_without_generations_nothing_is_said_of_them(train: MakeOutcome) -> None:
+    outcome = train(eval_generations=0)
+    assert outcome.generations is None
+    assert "## Answers" not in (outcome.config.out / "README.md").read_text()
+    assert "<h2>Answers" not in (outcome.config.out / "report.html").read_text()
+    notes = json.loads((outcome.config.out / "turnout.json").read_text())
+    assert notes["training"]["generations"] is None
+
+
 def test_the_report_is_one_file_with_both_curves(train: MakeOutcome) -> None:
     outcome = train()
     page = (outcome.config.out / "report.html").read_text()
@@ -195,6 +245,8 @@ def test_replacing_a_run_leaves_nothing_of_it(make: MakeConfig) -> None:
     outcome = finish(make(max_steps=1))
     out = outcome.config.out
     assert sorted(path.name for path in out.iterdir()) == sorted(("checkpoints", *RESULT_FILES))
+    (out / "tensorboard").mkdir()
+    (out / "tensorboard" / "events").touch()
     run.claim(out, resume=True, overwrite=False)
     assert (out / "turnout.json").exists()
     run.claim(out, resume=False, overwrite=True)
@@ -222,7 +274,7 @@ def turnout(
         return printed.out + printed.err
 
     needed = ("--base", chat_base, "--data", rows_file, "--out", tmp_path / "out")
-    return lambda *args, code=0: command(*needed, *args, code=code)
+    return lambda *args, code=0: command(*needed, "--eval-generations", 0, *args, code=code)
 
 
 def test_a_dry_run_says_all_and_writes_nothing(turnout: Turnout, tmp_path: Path) -> None:
@@ -268,15 +320,6 @@ def test_a_finished_run_is_resumed_replaced_or_left_alone(turnout: Turnout, tmp_
     assert any(not torch.equal(tensor, first[name]) for name, tensor in other.items())
 
 
-def test_progress_is_said_in_loss_rate_speed_and_memory() -> None:
-    record = {"loss": 1.25, "learning_rate": 2e-4, "tokens": 300, "seconds": 0.5}
-    state = RunState(step=2, history=[{**record, "tokens": 100}, record])
-    assert run.figures(state, CPU).startswith("loss 1.250  lr 2.0e-04  400 tok/s  ")
-    state.evaluations.append({"step": 2, "loss": 1.5})
-    assert "(held out 1.500)" in run.figures(state, CPU)
-    assert 1e8 < run.peak_bytes(CPU) < 1e12
-
-
 def test_early_stopping_is_said(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([5.0, 1.0, 2.0])
     monkeypatch.setattr("training.trainer.Trainer.held_out_loss", lambda self: next(losses))
@@ -308,8 +351,9 @@ def test_a_name_is_checked_before_the_run() -> None:
 
 def test_without_a_base_the_default_one_is_trained(rows_file: Path, tmp_path: Path) -> None:
     given = {"base": None, "data": rows_file, "out": tmp_path}
-    assert run.settings_of(None, given, [], lambda: tmp_path / "default").base.name == "default"
-    named = run.settings_of(None, given, ["--model-id", "x"], lambda: tmp_path / "default")
+    sink, default = Console(file=io.StringIO()), tmp_path / "default"
+    assert run.settings_of(None, given, [], lambda: default, sink).base.name == "default"
+    named = run.settings_of(None, given, ["--model-id", "x"], lambda: default, sink)
     assert named.base == Path("x")
 
 

@@ -21,7 +21,8 @@ from training.config import TrainConfig, make_config
 from training.loss import summed_loss
 from training.packing import collate
 from training.qlora import add_adapter, load_base, trained
-from training.trainer import Steps, Trainer
+from training.steps import Steps
+from training.trainer import Trainer
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -36,7 +37,8 @@ def new(make: MakeConfig, tokenizer: Any) -> MakeTrainer:
         on_step = settings.pop("on_step", lambda _: None)
         say = settings.pop("say", lambda _: None)
         config = config or make(**settings)
-        model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
+        dtype = torch.float16 if config.dtype == "fp16" else torch.float32
+        model = add_adapter(load_base(config.base, "nf4", dtype, CPU), config)
         dataset = dataset_of(config, tokenizer)
         return Trainer(config, model, dataset, pad_id=2, device=CPU, say=say, on_step=on_step)
 
@@ -130,17 +132,16 @@ def test_the_micro_batch_changes_nothing_but_rounding(new: MakeTrainer, tmp_path
 def test_gradients_are_those_of_the_mean_over_all_learned_tokens(new: MakeTrainer) -> None:
     trainer = new(micro_batch=3, batch_size=4)
     rows = trainer._rows_of(0)
-    loss, num_tokens, num_learned = trainer._gradients(rows)
+    loss = trainer._gradients(rows, trainer._num_learned(rows))
     ours = {name: weight.grad.clone() for name, weight in trainer._weights.items()}  # type: ignore[union-attr]
     batch = collate(trainer._data.training, rows, 2, is_packed=False)
     labels = torch.full_like(batch.ids, -100)
     labels[:, 1:] = batch.labels[:, :-1]
-    trainer._optimizer.zero_grad()
+    trainer._model.zero_grad()
     theirs = trainer._model(batch.ids, labels=labels).loss
     theirs.backward()
     assert loss == pytest.approx(theirs.item(), rel=1e-5)
-    assert num_learned == batch.num_learned
-    assert num_tokens == sum(len(trainer._data.training[i].ids) for (i,) in rows)
+    assert trainer._num_learned(rows) == batch.num_learned
     for name, weight in trainer._weights.items():
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-3, atol=1e-6)
 
@@ -150,7 +151,7 @@ def test_checkpointed_layers_give_the_same_gradients(new: MakeTrainer, tmp_path:
     for checkpointing in (False, True):
         trainer = new(gradient_checkpointing=checkpointing, dropout=0.1)
         trainer._model.train()
-        trainer._gradients(trainer._rows_of(0))
+        trainer._gradients(trainer._rows_of(0), 1)
         grads.append([weight.grad for weight in trainer._weights.values()])
         assert trainer._causal.model.layers[0].gradient_checkpointing is checkpointing
     for one, other in zip(*grads, strict=True):
@@ -188,6 +189,67 @@ def test_out_of_memory_halves_the_pass_and_keeps_the_step(
             f"out of memory: {size} rows in a pass from here on; a step still has 4"
             for size in (2, 1)
         ]
+
+
+def test_fp16_scales_the_loss_and_learns_as_fp32_does(new: MakeTrainer, tmp_path: Path) -> None:
+    plain = new(max_steps=4, out=tmp_path / "fp32").run()
+    half = new(max_steps=4, out=tmp_path / "fp16", dtype="fp16")
+    assert half.state.loss_scale == 2**16
+    state = half.run()
+    assert losses(state) == pytest.approx(losses(plain), rel=5e-3)
+    for one, other in zip(state.history, plain.history, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.05)
+
+
+def test_where_fp16_overflows_the_step_is_done_again_with_half_the_scale(
+    new: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = new(max_steps=2, out=tmp_path / "a", dtype="fp16")
+    expected = losses(plain.run())
+    trainer = new(max_steps=2, out=tmp_path / "b", dtype="fp16", save_every=1)
+    real = trainer._gradients
+
+    def overflowing(rows: Any, num_learned: int) -> float:
+        loss = real(rows, num_learned)
+        if trainer.state.loss_scale > 2**14:
+            trainer._flat.grad.fill_(math.inf)  # type: ignore[union-attr]
+        return loss
+
+    monkeypatch.setattr(trainer, "_gradients", overflowing)
+    assert losses(trainer.run()) == pytest.approx(expected, rel=1e-3)
+    assert trainer.state.loss_scale == 2**14
+    again = new(max_steps=2, out=tmp_path / "b", dtype="fp16", save_every=1)
+    assert again.resume()
+    assert again.state.loss_scale == 2**14
+    again.state.step = 1000
+    again._finite_gradients(again._rows_of(0))
+    assert again.state.loss_scale == 2**15
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(
+    new: MakeTrainer, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    def diverged(model: Any, batch: Any) -> torch.Tensor:
+        return summed_loss(model, batch) * wrong
+
+    trainer = new(max_steps=2, eval_fraction=0)
+    before = weights(trainer)
+    monkeypatch.setattr(module, "summed_loss", diverged)
+    with pytest.raises(ValueError, match=rf"loss of step 1 is {wrong}.* lower learning_rate \(now"):
+        trainer.run()
+    assert same(weights(trainer), before)
+
+
+def test_the_number_of_processes_may_change_and_is_said(new: MakeTrainer) -> None:
+    said: list[str] = []
+    trainer = new(max_steps=2, save_every=1)
+    trainer.state.num_processes = 4
+    trainer.run()
+    again = new(max_steps=2, save_every=1, say=said.append)
+    assert again.resume()
+    assert said == ["begun in 4 processes, now in 1: sums differ by rounding"]
+    assert again.state.num_processes == 1
 
 
 def test_memory_too_small_for_one_row_is_said(
@@ -297,7 +359,8 @@ def test_another_runs_checkpoint_is_refused(new: MakeTrainer) -> None:
         new(max_steps=1, learning_rate=1e-3).resume()
     with pytest.raises(ValueError, match="is of a run with other settings or data"):
         new(max_steps=1, system="Be brief.").resume()
-    assert new(max_steps=1, save_every=5, save_dtype="bf16").resume()  # these change no weight
+    free = {"save_every": 5, "save_dtype": "bf16", "eval_generations": 3, "report_to": "none"}
+    assert new(max_steps=1, **free).resume()  # these change no weight
 
 
 def checkpoint(step: int) -> Checkpoint:

@@ -23,7 +23,8 @@ from server.api.app import create_app
 from server.api.residency import EngineDropper, digest_names
 from server.api.services import Services
 from server.api.tokenizer import TextCodec
-from server.config import AdapterConfig, Config, ModelConfig, ServerConfig
+from server.api.weight_sets import MergedPath
+from server.config import AdapterConfig, Config, ModelConfig, PromotionConfig, ServerConfig
 from server.engine.messages import (
     AdapterEvent,
     AddRequest,
@@ -32,10 +33,12 @@ from server.engine.messages import (
     FirstToken,
     RequestOutput,
     TokenLogprobs,
+    WeightSetEvent,
 )
 from server.engine.request import AdapterRef, FinishReason
 from server.errors import ServeError
 from server.metrics import Metrics
+from server.promotion.jobs import Jobs
 
 BASE = "tiny"
 BOS, EOS = 0, 1
@@ -185,6 +188,7 @@ class FakeEngine:
         self.loaded: list[tuple[AdapterRef, bool]] = []
         self.dropped: list[str] = []
         self.unpinned: list[str] = []
+        self.weight_sets: dict[str, Path] = {}
         self.load_failure: str | None = None
         self.is_full = False  # the bank
         self.gate = asyncio.Event()
@@ -211,6 +215,15 @@ class FakeEngine:
 
     def unpin_adapter(self, digest: str) -> None:
         self.unpinned.append(digest)
+
+    async def load_weight_set(self, digest: str, folder: Path) -> WeightSetEvent:
+        if self.load_failure is not None:
+            return WeightSetEvent(digest=digest, event="failed", message=self.load_failure)
+        self.weight_sets[digest] = folder
+        return WeightSetEvent(digest=digest, event="loaded")
+
+    async def drop_weight_set(self, digest: str) -> None:
+        del self.weight_sets[digest]
 
 
 @dataclass
@@ -276,7 +289,14 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def serving(
-    base_folder: Path, store: Path, *, allowed_roots: tuple[Path, ...] = (), **server: Any
+    base_folder: Path,
+    store: Path,
+    *,
+    allowed_roots: tuple[Path, ...] = (),
+    promotion: PromotionConfig | None = None,
+    merged: MergedPath | None = None,
+    jobs: Jobs | None = None,
+    **server: Any,
 ) -> Iterator[Server]:
     """Serve the app on a free port of 127.0.0.1 in a thread; `server` goes to ServerConfig."""
     codec = small_codec()
@@ -284,13 +304,16 @@ def serving(
         model=ModelConfig(path=base_folder, name=BASE),
         adapters=AdapterConfig(store=store, allowed_roots=allowed_roots, bank_rows=64),
         server=ServerConfig(**{"drain_s": 5.0, **server}),
+        promotion=promotion or PromotionConfig(),
     )
     engine = FakeEngine(vocab_size=512)
     dropper = EngineDropper(engine)
     base = BaseShape.from_config(base_folder, BASE, "b" * 64)
     registry = Registry.open(store, base, on_free=dropper)
     metrics = Metrics(BASE, names=lambda: digest_names(registry))
-    app = create_app(config, engine, registry, codec, metrics, dropper=dropper)
+    app = create_app(
+        config, engine, registry, codec, metrics, dropper=dropper, merged=merged, jobs=jobs
+    )
     started = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
     options = uvicorn.Config(

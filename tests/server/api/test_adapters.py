@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import torch
 
 from adapters.registry import Registry
+from adapters.rope import RopeScaling
 from server.errors import ServeError
 from tests.conftest import MakeAdapter
 from tests.server.api.harness import BASE, Script, Server, serving, wait_until
@@ -33,7 +35,8 @@ def upload(
 ) -> httpx.Response:
     files = {
         file: (file, (folder / file).read_bytes())
-        for file in ("adapter_config.json", "adapter_model.safetensors")
+        for file in ("adapter_config.json", "adapter_model.safetensors", "turnout.json")
+        if (folder / file).is_file()
     }
     headers = {} if key is None else {"idempotency-key": key}
     return server.http().post(
@@ -417,3 +420,69 @@ def test_an_adapter_s_own_template_renders_its_chats(server: Server, folder: Pat
 
 def test_adapters_of_other_dtypes_are_taken(server: Server, make_adapter: MakeAdapter) -> None:
     assert upload(server, make_adapter(dtype=torch.bfloat16)).status_code == 201
+
+
+def note(folder: Path, **fields: Any) -> Path:
+    """Put a turnout.json beside an adapter."""
+    (folder / "turnout.json").write_text(json.dumps({"format": 1, **fields}))
+    return folder
+
+
+def test_an_adapter_of_another_base_is_taken_only_by_who_says_so(
+    server: Server, folder: Path
+) -> None:
+    note(folder, training={"base_digest": "c" * 64})
+    reply = upload(server, folder)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("adapter_refused", "training.base_digest")
+    assert "trained on base cccccccccccc" in error["message"]
+
+    overlooked = upload(server, folder, allow_mismatch="true")
+    assert overlooked.status_code == 201
+    assert list(overlooked.json()["mismatches"]) == ["training.base_digest"]
+    body = {"name": "again", "path": str(allowed(server, folder))}
+    assert server.http().post("/v1/adapters", json=body).status_code == 400
+    again = server.http().post("/v1/adapters", json={**body, "allow_mismatch": True})
+    assert list(again.json()["mismatches"]) == ["training.base_digest"]
+
+
+def test_an_adapter_that_agrees_or_says_nothing_has_no_mismatches(
+    server: Server, folder: Path, other: Path
+) -> None:
+    assert upload(server, folder).json()["mismatches"] == {}
+    first = server.registry.get(NAME).current
+    assert first is not None
+    note(other, training={"base_digest": first.base_digest, "seed": 1})
+    assert upload(server, other).json()["mismatches"] == {}
+
+
+def test_rope_scaling_lengthens_what_its_adapter_takes_and_nobody_else(
+    server: Server, folder: Path, other: Path
+) -> None:
+    longest = server.engine.info.max_model_len
+    server.engine.info = msgspec.structs.replace(
+        server.engine.info, trained_len=longest, max_scaled_len=2 * longest - 5
+    )
+    note(folder, rope={"rope_type": "linear", "factor": 2})
+    upload(server, folder)
+    upload(server, other, name="plain")
+    prompt = [7] * (longest + 10)
+
+    def ask(model: str, max_tokens: int = 4) -> httpx.Response:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens}
+        return server.http().post("/v1/completions", json=body)
+
+    assert ask(NAME).status_code == 200
+    adapter = server.engine.requests[-1].adapter
+    assert adapter is not None
+    assert adapter.rope == RopeScaling(rope_type="linear", factor=2.0)
+    for refused in (ask("plain"), ask(BASE), ask(NAME, max_tokens=longest)):
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert f"the limit is {2 * longest - 5}." in refused.json()["error"]["message"]
+    lengths = {
+        card["id"]: card["max_model_len"] for card in server.http().get("/v1/models").json()["data"]
+    }
+    assert lengths == {BASE: longest, "plain": longest, NAME: 2 * longest - 5}
+    counted = server.http().post("/tokenize", json={"model": NAME, "prompt": "a"}).json()
+    assert counted["max_model_len"] == 2 * longest - 5

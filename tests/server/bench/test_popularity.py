@@ -1,23 +1,27 @@
 """Streams that ask for adapters by Zipf's law, on a tiny base and a CPU."""
 
+import itertools
 from pathlib import Path
 
-import pytest
 import torch
 
-from server.bench import popularity
 from server.bench.driver import Driver
-from server.bench.popularity import _host_gib, follow_zipf
+from server.bench.popularity import _host_gib, by_zipf
 from server.bench.reference import register_adapters, save_reference_base
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.engine.request import AdapterRef
 from tests.server.bench.test_reference import SMALL
 
 
-def test_more_adapters_than_the_bank_holds_are_all_served_and_the_first_most(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name, value in {"STREAMS": 3, "PROMPT": 3, "NEW": 2}.items():
-        monkeypatch.setattr(popularity, name, value)
+def test_the_kth_adapter_is_asked_for_a_kth_as_often_as_the_first() -> None:
+    pool = [AdapterRef(str(place), 4) for place in range(4)]
+    asked = list(itertools.islice(by_zipf(pool), 25_000))
+    counts = [asked.count(adapter) / 12_000 for adapter in pool]
+    for place, count in enumerate(counts):
+        assert abs(count - 1 / (place + 1)) < 0.05
+
+
+def test_more_adapters_than_the_bank_holds_are_all_served(tmp_path: Path) -> None:
     store = tmp_path / "store"
     spec = save_reference_base(tmp_path / "base", torch.device("cpu"), **SMALL)
     adapters = register_adapters(store, tmp_path / "base", spec, [4] * 12)
@@ -27,22 +31,17 @@ def test_more_adapters_than_the_bank_holds_are_all_served_and_the_first_most(
         adapters=AdapterConfig(store=store, bank_rows=32),
     )
     driver = Driver(config)
-    asked: list[str] = []
-    add_random = driver.add_random
+    asked, used = by_zipf(adapters), []
 
-    def add(adapter, num_tokens, new_tokens):  # type: ignore[no-untyped-def]
-        asked.append(adapter.digest)
-        return add_random(adapter, num_tokens, new_tokens)
+    def add() -> None:
+        used.append(next(asked))
+        driver.add_random(used[-1], 3, 2)
 
-    monkeypatch.setattr(driver, "add_random", add)
-    rate = follow_zipf(driver, adapters, 0.5)
-    assert rate > 0
+    assert driver.keep_busy(3, add, 0.3) > 0
     assert not driver.engine.has_work
-    assert len(asked) > 3, "no stream was followed by another"
-    counts = [asked.count(adapter.digest) for adapter in adapters]
-    assert counts[0] == max(counts)
+    assert len(used) > 3, "no stream was followed by another"
     loaded = {event.digest for event in driver.engine.adapters.take_events()}
-    assert loaded >= set(asked)
+    assert loaded >= {adapter.digest for adapter in used}
 
 
 def test_what_the_machine_holds_is_some_memory_and_less_than_a_terabyte() -> None:

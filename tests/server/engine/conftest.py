@@ -22,7 +22,7 @@ from server.config import (
 )
 from server.engine.build import build_engine
 from server.engine.messages import RequestOutput
-from server.engine.request import AdapterRef, Request, SamplingParams
+from server.engine.request import BASE, AdapterRef, Request, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
 
@@ -43,7 +43,7 @@ class Harness:
     def push(self, folder: Path) -> AdapterRef:
         """Register a PEFT folder and return what a request names it by."""
         revision = self._registry.push(f"adapter-{next(self._ids)}", folder)
-        return AdapterRef(revision.digest, revision.num_rank_rows)
+        return AdapterRef.of(revision)
 
     def add(
         self,
@@ -51,6 +51,7 @@ class Harness:
         adapter: AdapterRef | None = None,
         sampling: SamplingParams = GREEDY,
         tenant: str = "",
+        weight_set: str = BASE,
     ) -> Request:
         """Queue a request."""
         request = Request(
@@ -58,6 +59,7 @@ class Harness:
             prompt_ids=list(prompt_ids),
             sampling=sampling,
             adapter=adapter,
+            weight_set=weight_set,
             tenant=tenant,
             arrival_time=time.monotonic(),
             seed=sampling.seed or 0,
@@ -109,10 +111,11 @@ def make_harness(tiny_base: Path, tmp_path: Path) -> Iterator[MakeHarness]:
         cache: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
         adapters: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
     ) -> Harness:
         defaults = AdapterConfig(store=tmp_path / f"store-{len(made)}", bank_rows=128)
         config = Config(
-            model=ModelConfig(path=base, quantization=quantization, dtype=dtype),
+            model=ModelConfig(path=base, quantization=quantization, dtype=dtype, **(model or {})),
             cache=CacheConfig(**{"num_blocks": 256, **(cache or {})}),
             scheduler=SchedulerConfig(**(scheduler or {})),
             adapters=replace(defaults, **(adapters or {})),

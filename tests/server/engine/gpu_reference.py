@@ -42,7 +42,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttentionGpuStep, "fill", remember(AttentionGpuStep.fill))
     monkeypatch.setattr(LoraGpuStep, "fill", remember(LoraGpuStep.fill))
     monkeypatch.setattr(build, "has_gpu_kernels", lambda *_: True)
-    monkeypatch.setattr("server.engine.cuda_graphs.CudaGraphs.capture", lambda *_: None)
+    monkeypatch.setattr("server.engine.build.compile_kernels", lambda *_: None)
+    monkeypatch.setattr("server.engine.cuda_graphs.CudaGraphs.captures", lambda *_: iter(()))
 
 
 _filled: dict[int, tuple[Any, ...]] = {}  # id of a step's part -> what it was last filled with

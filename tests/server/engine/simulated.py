@@ -17,6 +17,7 @@ from server.engine.engine import Engine
 from server.engine.model_runner import Sampled
 from server.engine.request import NO_STATE_ROW, AdapterRef, Request, SamplingParams
 from server.engine.scheduler import Plan, Scheduled, Scheduler
+from server.engine.weight_sets import WeightSets
 from tests.server.engine.loading import FakeBank, HandExecutor
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Truth:
 class SimulatedStep:
     """A launched plan and the tokens that it samples."""
 
+    runner: "SimulatedRunner"
     plan: Plan
     tokens: list[int]
 
@@ -92,7 +94,7 @@ class SimulatedRunner:
                 self._last_tokens[part.request.state_row] = token
                 sampled.append(token)
         self.plans.append(plan)
-        return SimulatedStep(plan, sampled)
+        return SimulatedStep(self, plan, sampled)
 
     def collect(self, launched: SimulatedStep) -> list[Sampled]:
         """Hand the tokens over."""
@@ -171,8 +173,9 @@ class Simulation:
         )
         self.runner = SimulatedRunner(self)
         runner: Any = self.runner
+        self.weight_sets = WeightSets(runner, load=lambda folder: runner)
         self.engine = Engine(
-            self.scheduler, runner, self.blocks, self.adapters, (EOS,), overlap=overlap
+            self.scheduler, self.weight_sets, self.blocks, self.adapters, (EOS,), overlap=overlap
         )
         self.requests: list[Request] = []
         self.outputs: dict[str, list[RequestOutput]] = {}

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -13,6 +13,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from adapters.rope import RopeScaling
 from server.engine.adapter_cache import AdapterCache
 from server.engine.request import AdapterRef
 from tests.server.engine.loading import FakeBank, HandExecutor
@@ -535,3 +536,137 @@ def test_giving_back_more_leases_than_were_taken_is_our_own_mistake() -> None:
 
     with pytest.raises(AssertionError, match="released more often"):
         setup.cache.release("s")
+
+
+ROPES = [RopeScaling(rope_type="linear", factor=float(factor)) for factor in (2, 3, 4)]
+SCALED = [
+    AdapterRef(f"{rope.factor:g}{letter}", 1, rope) for rope in ROPES for letter in "xyz"
+]  # a page each
+
+
+class Tables:
+    """A cache with two rotary tables, and what is written into them."""
+
+    def __init__(self) -> None:
+        self.bank = FakeBank()
+        self.executor = HandExecutor()
+        self.rows: dict[int, RopeScaling] = {}
+        self.num_writes = 0
+        self.cache = AdapterCache(
+            num_pages=NUM_PAGES,
+            page_rows=PAGE_ROWS,
+            max_host_bytes=MAX_HOST_BYTES,
+            read=self.bank.read,
+            write=self.bank.write,
+            executor=self.executor,
+            num_tables=2,
+            write_table=self.write,
+        )
+
+    def write(self, table: int, scaling: RopeScaling) -> None:
+        """Never the base's, and never one that a ready adapter reads."""
+        assert table in (1, 2)
+        assert table not in {self.cache.table(digest) for digest in self.cache.ready}
+        self.rows[table] = scaling
+        self.num_writes += 1
+
+    def load(self, *adapters: AdapterRef, leased: bool = False) -> None:
+        for adapter in adapters:
+            assert self.cache.acquire(adapter)
+            while self.executor.waiting:
+                self.executor.finish()
+            self.cache.poll()
+            if not leased:
+                self.cache.release(adapter.digest)
+
+    def check(self, adapter: AdapterRef) -> None:
+        table = self.cache.table(adapter.digest)
+        assert (self.rows[table] if adapter.rope else table) == (adapter.rope or 0)
+
+
+def test_equal_scalings_share_a_table_that_is_written_once() -> None:
+    setup = Tables()
+    setup.load(SCALED[0], SCALED[1], SMALL, leased=True)
+    assert [setup.cache.table(a.digest) for a in (SCALED[0], SCALED[1], SMALL)] == [1, 1, 0]
+    setup.load(SCALED[3])
+    assert setup.cache.table(SCALED[3].digest) == 2
+    assert (setup.num_writes, setup.rows) == (2, {1: ROPES[0], 2: ROPES[1]})
+
+
+def test_without_a_free_table_those_who_share_the_least_recent_one_leave() -> None:
+    setup = Tables()
+    setup.load(SCALED[0], SCALED[3], SCALED[1], SMALL)  # tables 1, 2, 1 and the base's
+    setup.load(SCALED[6])
+    assert set(setup.cache.ready) == {SCALED[0].digest, SCALED[1].digest, "s", SCALED[6].digest}
+    setup.check(SCALED[6])
+    setup.load(SCALED[3])
+    assert set(setup.cache.ready) == {"s", SCALED[6].digest, SCALED[3].digest}
+    setup.check(SCALED[3])
+    assert setup.num_writes == 4
+
+
+def test_a_table_in_use_is_waited_for_and_nobody_is_evicted_in_vain() -> None:
+    setup = Tables()
+    setup.load(SCALED[0], SCALED[3], leased=True)
+    setup.load(SCALED[1], SMALL)
+    before = setup.cache.ready
+    assert not setup.cache.acquire(SCALED[6])
+    assert setup.cache.ready == before
+    assert setup.cache.acquire(SMALL), "who needs no table of its own need not wait"
+    setup.cache.release(SCALED[0].digest)
+    setup.load(SCALED[6])
+    setup.check(SCALED[6])
+
+
+def test_a_failed_first_load_leaves_the_table_to_be_written_by_the_second() -> None:
+    setup = Tables()
+    setup.bank.damaged[SCALED[0].digest] = ValueError("damaged")
+    assert setup.cache.acquire(SCALED[0])
+    assert setup.cache.acquire(SCALED[1])
+    setup.executor.finish()
+    assert setup.rows == {}
+    setup.executor.finish()
+    setup.cache.poll()
+    setup.check(SCALED[1])
+
+
+def test_a_scaling_that_comes_back_before_another_took_its_table_is_there_still() -> None:
+    setup = Tables()
+    setup.load(SCALED[0])
+    setup.cache.drop(SCALED[0].digest)
+    setup.load(SCALED[1])
+    assert setup.num_writes == 1
+    setup.check(SCALED[1])
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*SCALED, SMALL, MIDDLE]),
+            st.sampled_from(["acquire", "release", "finish", "pin", "unpin", "drop", "prefetch"]),
+        ),
+        max_size=60,
+    )
+)
+def test_whoever_is_ready_finds_its_own_scaling_whatever_came_before(
+    moves: list[tuple[AdapterRef, str]],
+) -> None:
+    setup = Tables()
+    leases: Counter[str] = Counter()
+    adapters = {adapter.digest: adapter for adapter in [*SCALED, SMALL, MIDDLE]}
+    for adapter, move in moves:
+        if move == "acquire":
+            leases[adapter.digest] += setup.cache.acquire(adapter)
+        elif move == "release" and leases[adapter.digest]:
+            leases[adapter.digest] -= 1
+            setup.cache.release(adapter.digest)
+        elif move == "finish" and setup.executor.waiting:
+            setup.executor.finish()
+            setup.cache.poll()
+        elif move in ("pin", "prefetch"):
+            getattr(setup.cache, move)(adapter)
+        elif move in ("unpin", "drop"):
+            getattr(setup.cache, move)(adapter.digest)
+        for digest in setup.cache.ready:
+            setup.check(adapters[digest])

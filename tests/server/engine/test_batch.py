@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters.rope import RopeScaling
 from server.engine.batch import build_input, num_logits
 from server.engine.request import AdapterRef, Request, SamplingParams
 from server.engine.scheduler import Plan, Scheduled
@@ -20,10 +21,17 @@ class Adapters:
     """What `build_input` asks of the adapter cache, with pages set by hand."""
 
     def __init__(
-        self, pages: dict[str, list[int]] | None = None, gain: dict[str, int] | None = None
+        self,
+        pages: dict[str, list[int]] | None = None,
+        gain: dict[str, int] | None = None,
+        tables: dict[str, int] | None = None,
     ) -> None:
         self._pages = pages or {}
         self._gain = gain or {}
+        self._tables = tables or {}
+
+    def table(self, digest: str) -> int:
+        return self._tables[digest]
 
     def pages(self, digest: str) -> list[int]:
         return self._pages[digest]
@@ -40,6 +48,7 @@ def make_request(
     output: Sequence[int] = (),
     *,
     adapter: str | None = None,
+    rope: RopeScaling | None = None,
     table: Sequence[int] = (0, 1, 2, 3, 4, 5),
     state_row: int = 0,
     num_pending: int = 0,
@@ -50,7 +59,7 @@ def make_request(
         prompt_ids=list(prompt),
         output_ids=list(output),
         sampling=SamplingParams(max_tokens=16, prompt_logprobs=prompt_logprobs),
-        adapter=AdapterRef(adapter, 1) if adapter else None,
+        adapter=AdapterRef(adapter, 1, rope) if adapter else None,
         tenant="",
         arrival_time=0.0,
         seed=0,
@@ -103,6 +112,19 @@ def test_tokens_lie_end_to_end_decode_rows_first() -> None:
     assert step.token_ids.tolist() == [5, 7, 6, 5, 4]
     assert step.positions.tolist() == [4, 2, 3, 4, 5]
     assert step.slot_mapping.tolist() == [2 * 4 + 0, 5 * 4 + 2, 5 * 4 + 3, 3 * 4 + 0, 3 * 4 + 1]
+
+
+def test_each_token_rotates_by_its_own_adapters_table() -> None:
+    rope = RopeScaling(rope_type="linear", factor=2.0)
+    adapters = Adapters({"a": [0], "b": [1]}, tables={"b": 2})
+    base, plain = make_request([1, 2], [3]), make_request([1, 2], [3], adapter="a")
+    scaled = make_request([9, 8, 7], adapter="b", rope=rope)
+
+    mixed = build([decode(base, 2), decode(plain, 2)], [chunk(scaled, 0, 3)], adapters=adapters)
+
+    assert mixed.tables is not None
+    assert mixed.tables.tolist() == [0, 0, 2, 2, 2]
+    assert build([decode(base, 2), decode(plain, 2)], adapters=adapters).tables is None
 
 
 def test_a_chunk_may_run_from_the_prompt_into_the_committed_output() -> None:

@@ -20,7 +20,7 @@ NUM_BLOCKS = 8
 BLOCK_SIZE = 2
 FEW = settings(stateful_step_count=30, deadline=None)
 MANY = settings(stateful_step_count=80, deadline=None)
-ROOTS = [prefix_root("base", adapter, "") for adapter in (None, "a")]
+ROOTS = [prefix_root("base", adapter, "") for adapter in ("", "a")]
 Content = tuple[bytes, tuple[int, ...]]  # root, every token up to the block's last
 
 
@@ -237,7 +237,7 @@ def test_kv_is_shared_only_under_one_base_one_adapter_and_one_tenant() -> None:
     roots = {
         prefix_root(base, adapter, tenant)
         for base in ("base", "base2")
-        for adapter in (None, "a", "b")
+        for adapter in ("", "a", "b")
         for tenant in ("", "t", "u")
     }
     assert len(roots) == 18

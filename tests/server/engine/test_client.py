@@ -196,7 +196,7 @@ def adapter(config: Config, make_adapter: Callable[..., Path]) -> AdapterRef:
     registry = Registry.open(config.adapters.store, shape, Limits(allow_other_base=True))
     revision = registry.push("one", make_adapter(r=8))
     registry.close()
-    return AdapterRef(revision.digest, revision.num_rank_rows)
+    return AdapterRef.of(revision)
 
 
 async def test_adapters_are_loaded_reported_and_dropped(

@@ -1,5 +1,6 @@
-"""The engine on the GPU's own kernels and graphs, against exact arithmetic over the same NF4."""
+"""The engine on the GPU's own kernels and graphs, against exact arithmetic over the same base."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,25 @@ import transformers
 from server.engine.request import AdapterRef, Request, SamplingParams
 from tests.server.engine.conftest import Harness, MakeHarness
 from tests.server.engine.test_oracle import KINDS
+from tests.server.gptq_folder import quantize_folder
 
 pytestmark = pytest.mark.gpu
 
 VOCAB = 512
 SAMPLING = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=1)
-WITH_RANKS = KINDS | {"rank 100": {"target_modules": "all-linear", "r": 100, "lora_alpha": 100}}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear rope": {"rope_type": "linear", "factor": 4.0},
+    "yarn rope": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+}
+MORE_KINDS = KINDS | {
+    "rank 100": {"target_modules": "all-linear", "r": 100, "lora_alpha": 100},
+    "linear rope": {"r": 4},
+    "yarn rope": {"target_modules": "all-linear", "use_dora": True},
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +67,13 @@ def gpu_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpu_kinds(gpu_base: Path, make_adapter: Callable[..., Path]) -> dict[str, Path]:
-    return {
+    folders = {
         name: make_adapter(base=gpu_base, seed=i, **config)
-        for i, (name, config) in enumerate(WITH_RANKS.items())
+        for i, (name, config) in enumerate(MORE_KINDS.items())
     }
+    for name, rope in ROPES.items():
+        (folders[name] / "turnout.json").write_text(json.dumps({"format": 1, "rope": rope}))
+    return folders
 
 
 def prompts(count: int, longest: int) -> list[list[int]]:
@@ -83,14 +100,29 @@ def forced_logprobs(harness: Harness, adapter: AdapterRef | None, request: Reque
     return torch.tensor([one.logprob for one in found if one is not None])
 
 
+@pytest.fixture(scope="session")
+def gptq_base(gpu_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base in GPTQ's layout; its groups are of 64."""
+    return quantize_folder(gpu_base, tmp_path_factory.mktemp("gptq"), group_size=64)[0]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "linear"), [("nf4", "NF4, CUDA"), ("gptq", "int4 (GPTQ), CUDA")]
+)
 @pytest.mark.parametrize("longest", [1, 60, 700])
 def test_every_kind_in_one_batch_is_as_near_to_exact_arithmetic_as_torch_is(
-    longest: int, make_harness: MakeHarness, gpu_base: Path, gpu_kinds: dict[str, Path]
+    longest: int,
+    quantization: str,
+    linear: str,
+    make_harness: MakeHarness,
+    gpu_base: Path,
+    gptq_base: Path,
+    gpu_kinds: dict[str, Path],
 ) -> None:
     def harness_of(dtype: str, page_rows: int) -> Harness:
         return make_harness(
-            base=gpu_base,
-            quantization="nf4",
+            base=gptq_base if quantization == "gptq" else gpu_base,
+            quantization=quantization,
             dtype=dtype,
             adapters={"bank_rows": 512, "page_rows": page_rows},
             cache={"num_blocks": 4096},
@@ -98,7 +130,7 @@ def test_every_kind_in_one_batch_is_as_near_to_exact_arithmetic_as_torch_is(
 
     fused, exact = harness_of("bfloat16", 8), harness_of("float32", 8)
     torchs = harness_of("bfloat16", 16)  # pages that the kernels do not know: torch's ops run
-    assert fused.info.kernels["linear"] == "NF4, CUDA"
+    assert fused.info.kernels["linear"] == linear
     assert torchs.info.kernels["linear"] == "torch"
     names = [None, *gpu_kinds]
     refs = {

@@ -51,7 +51,7 @@ def test_a_mixed_batch_agrees_with_peft_row_by_row(
     overlap: bool, make_harness: MakeHarness, kinds: dict[str, Path], oracle: Oracle
 ) -> None:
     harness = make_harness(quantization="nf4", scheduler={"overlap": overlap})
-    assert isinstance(harness.engine.runner, GpuRunner)
+    assert isinstance(harness.engine.weight_sets.base, GpuRunner)
     for name, request in run_mixed(harness, kinds):
         assert len(request.output_ids) == 64
         assert disagreements(oracle, request, name) == []

@@ -36,12 +36,19 @@ def make_step() -> GpuStep:
     )
 
 
-def fill(step: GpuStep, num_tokens: int, count: int, num_logits: int = 64) -> None:
+def fill(
+    step: GpuStep,
+    num_tokens: int,
+    count: int,
+    num_logits: int = 64,
+    tables: list[int] | None = None,
+) -> None:
     step.fill(
         StepShape(num_tokens, num_logits, False, True, False),
         token_ids=list(range(10, 10 + count)),
         sources=[-1] * (count - 1) + [3],
         positions=np.arange(5, 5 + count),
+        tables=None if tables is None else np.array(tables),
         slots=np.arange(40, 40 + count),
         logits_rows=list(range(count)),
     )
@@ -65,6 +72,14 @@ def test_a_shorter_step_leaves_nothing_of_a_longer_one_in_its_shape() -> None:
     slots = step.rotary(torch.zeros(1)).slot_mapping
     assert slots[:4].tolist() == [40, 41, -1, -1]
     assert step.logits_rows[:64].tolist() == [0, 1] + [0] * 62
+
+
+def test_tokens_rotate_by_their_own_tables_and_by_the_bases_again_in_the_next_step() -> None:
+    step = make_step()
+    fill(step, num_tokens=4, count=3, tables=[2, 0, 1])
+    assert step.rotary(torch.zeros(1)).tables[:4].tolist() == [2, 0, 1, 0]
+    fill(step, num_tokens=4, count=3)
+    assert step.rotary(torch.zeros(1)).tables[:4].tolist() == [0, 0, 0, 0]
 
 
 def test_what_does_not_fit_is_an_error() -> None:

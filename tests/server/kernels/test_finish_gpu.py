@@ -99,11 +99,11 @@ class TestRefusals:
 def make_rotary_step(num_tokens: int, head_dim: int, device: str, seed: int = 0) -> RotaryStep:
     """Two tables; every fifth token is padding, whose position and table are out of range."""
     generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for theta in (10000.0, 300.0):
-        cos, sin = fused.rotary_tables(head_dim, theta, MAX_POSITIONS, torch.float32)
-        half = head_dim // 2
-        rows.append(torch.cat((cos[..., :half], sin[..., half:]), dim=1))
+    exponents = torch.arange(0, head_dim, 2) / head_dim
+    rows = [
+        fused.rotary_rows(theta**-exponents, MAX_POSITIONS, factor)
+        for theta, factor in ((10000.0, 1.0), (300.0, 1.25))
+    ]
     is_padding = torch.arange(num_tokens) % 5 == 4
     positions = torch.randint(MAX_POSITIONS, (num_tokens,), generator=generator)
     tables = torch.randint(2, (num_tokens,), generator=generator)

@@ -63,7 +63,7 @@ class Case:
     """A step's qkv, two kinds of rotary tables, and a cache that holds SENTINEL."""
 
     qkv: torch.Tensor
-    tables: list[tuple[torch.Tensor, torch.Tensor]]  # cos, sin
+    tables: torch.Tensor  # [2, MAX_POSITIONS, 2, head_dim / 2]
     positions: torch.Tensor
     table_of_token: torch.Tensor
     slots: torch.Tensor
@@ -71,10 +71,9 @@ class Case:
     v_cache: torch.Tensor
 
     def run(self) -> torch.Tensor:
-        rotary = torch.stack([fused_gpu.rotary_rows(cos, sin) for cos, sin in self.tables])
         return fused_gpu.rotate_and_write_gpu(
             self.qkv,
-            rotary,
+            self.tables,
             self.positions,
             self.table_of_token,
             self.k_cache,
@@ -86,7 +85,7 @@ class Case:
         """Of tokens that are not padding: queries; and both caches, from fp32 arithmetic."""
         real = self.slots >= 0
         at = self.table_of_token[real].long(), self.positions[real].long()
-        cos, sin = (torch.stack(kind)[at] for kind in zip(*self.tables, strict=True))
+        cos, sin = fused.cos_and_sin(self.tables[at], torch.float32)
         k_cache = torch.full_like(self.k_cache, SENTINEL, dtype=torch.float32)
         v_cache = torch.full_like(self.v_cache, SENTINEL, dtype=torch.float32)
         qkv, slots = self.qkv[real].float(), self.slots[real].long()
@@ -99,10 +98,13 @@ def make_case(
 ) -> Case:
     """Every third token is padding, whose position and table are out of range."""
     generator = torch.Generator().manual_seed(seed)
-    tables = [
-        fused.rotary_tables(head_dim, theta, MAX_POSITIONS, torch.float32)
-        for theta in (10000.0, 300.0)
-    ]
+    exponents = torch.arange(0, head_dim, 2) / head_dim
+    tables = torch.stack(
+        [
+            fused.rotary_rows(theta**-exponents, MAX_POSITIONS, factor)
+            for theta, factor in ((10000.0, 1.0), (300.0, 1.25))
+        ]
+    )
     is_padding = torch.arange(num_tokens) % 3 == 2
     positions = torch.randint(MAX_POSITIONS, (num_tokens,), generator=generator)
     table_of_token = torch.randint(2, (num_tokens,), generator=generator)
@@ -116,7 +118,7 @@ def make_case(
     wide = randn(num_tokens, columns + 16, seed=seed)
     return Case(
         wide[:, :columns],  # rows lie apart
-        [(cos.to(DEVICE), sin.to(DEVICE)) for cos, sin in tables],
+        tables.to(DEVICE),
         positions.masked_fill(is_padding, 10**9).int().to(DEVICE),
         table_of_token.masked_fill(is_padding, 10**6).int().to(DEVICE),
         slots.masked_fill(is_padding, -1).int().to(DEVICE),
@@ -182,7 +184,7 @@ class TestRotateAndWrite:
     def test_queries_are_not_bounded(self) -> None:
         case = make_case(1, 4, 2, 16)
         case.qkv = case.qkv.clone()
-        case.qkv[0, 0], case.positions[0] = 2.0**20, 0
+        case.qkv[0, 0], case.positions[0], case.table_of_token[0] = 2.0**20, 0, 0
         assert case.run()[0, 0, 0] == 2.0**20
 
     def test_no_tokens_are_no_work(self) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from server.kernels import lora_gpu, lora_launch, nf4_linear, nf4_pack, nvrtc
 from server.kernels.lora_step import NO_ADAPTER, NO_GAIN, PAGE_ROWS, LoraGpuStep
-from server.kernels.nf4_pack import PackedWeight
+from server.kernels.nf4_pack import INT4, NF4, Format, PackedWeight
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -86,18 +86,19 @@ class Case:
         return step
 
 
-def make_case(out_features: int, in_features: int, sublinears: int) -> Case:
+def make_case(out_features: int, in_features: int, sublinears: int, format: Format = NF4) -> Case:
     generator = torch.Generator("cuda").manual_seed(in_features)
     shape = (out_features, in_features // 2)
     qweight = torch.randint(0, 256, shape, generator=generator, device="cuda", dtype=torch.uint8)
-    absmax = torch.rand(out_features, in_features // 64, generator=generator, device="cuda")
+    shape = (out_features, in_features // format.group_size)
+    scales = torch.rand(shape, generator=generator, device="cuda")
     num_pages = sum(RANKS) + 5
     free = torch.randperm(num_pages, generator=generator, device="cuda").tolist()
     pages = [[free.pop() for _ in range(rank)] for rank in RANKS]
     bank_shape = (sublinears, num_pages * PAGE_ROWS, in_features)
     bank = torch.randn(bank_shape, generator=generator, device="cuda").bfloat16()
     bank[:, [page * PAGE_ROWS + row for page in free for row in range(PAGE_ROWS)]] = torch.nan
-    return Case(nf4_pack.pack(qweight, absmax), bank.transpose(0, 1), pages)
+    return Case(nf4_pack.pack(qweight, scales, format), bank.transpose(0, 1), pages)
 
 
 def own_part(h: torch.Tensor, case: Case, adapters: list[int]) -> torch.Tensor:
@@ -146,15 +147,27 @@ class TestOnGpu:
         self, out_features: int, in_features: int, sublinears: int, mix: str
     ) -> None:
         case = make_case(out_features, in_features, sublinears)
-        check(case, MIXES[mix], nf4_linear._kernels(case.weight.packed.device))
+        weight = case.weight
+        check(case, MIXES[mix], nf4_linear.kernels_of(weight.packed.device, weight.format))
 
     @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 129])
     def test_any_number_of_tokens(self, num_tokens: int) -> None:
         case = make_case(6144, 4096, 3)
-        kernels = nf4_linear._kernels(case.weight.packed.device)
+        kernels = nf4_linear.kernels_of(case.weight.packed.device, case.weight.format)
         for first in range(3):
             adapters = [(token * 5 + first) % 7 - 1 for token in range(num_tokens)]
             check(case, adapters, kernels, max_tokens=num_tokens)
+
+    @pytest.mark.parametrize("mix", MIXES)
+    @pytest.mark.parametrize("format", INT4.values(), ids=lambda format: format.name)
+    def test_over_int4_too(self, format: Format, mix: str) -> None:
+        for out_features, in_features, sublinears in (
+            (72, 640, 1),
+            (6144, 4096, 3),
+            (4096, 14336, 1),
+        ):
+            case = make_case(out_features, in_features, sublinears, format)
+            check(case, MIXES[mix], nf4_linear.kernels_of(case.weight.packed.device, format))
 
     @pytest.mark.parametrize("shared_limit", [101376, 166912])
     def test_kernels_for_lesser_cards(self, shared_limit: int) -> None:
@@ -201,11 +214,14 @@ class TestOnGpu:
         is_own = own_part(h, case, [0, 3, 4])
         assert torch.equal(h[is_own], expected[is_own])
 
+    @pytest.mark.parametrize("format", [NF4, INT4[64]], ids=lambda format: format.name)
     @pytest.mark.parametrize("num_tokens", [1, 8, 32, 64])
-    def test_a_replayed_graph_of_linears_in_a_row_follows_the_step(self, num_tokens: int) -> None:
+    def test_a_replayed_graph_of_linears_in_a_row_follows_the_step(
+        self, num_tokens: int, format: Format
+    ) -> None:
         """Each linear reads what the kernel in front of it wrote, and none waits for the host."""
         splits = (384, 192)
-        cases = [make_case(sum(splits), 576, 2) for _ in range(3)]
+        cases = [make_case(sum(splits), 576, 2, format) for _ in range(3)]
         num_rows = cases[0].a_bank.shape[0]
         b_bank = torch.randn(num_rows, sum(splits), device="cuda").bfloat16() * 0.01
         step = cases[0].step([0] * num_tokens, max_tokens=num_tokens)

@@ -1,0 +1,195 @@
+"""The quantizer's process: what it says, why it ended, and that it never outlives who began it."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training import quantize_run
+from training.quantize_run import Event, WorkerFailed, check_backend, find_python, run_worker
+
+PYTHON = Path(sys.executable)
+# GPTQModel and what it is asked for, as far as the worker knows it.
+STUB = {
+    "gptqmodel/__init__.py": """
+import json, os, sys, pathlib
+assert os.environ["GPTQMODEL_CPU_WORKERS"] == "2"
+print("a banner")
+class GPTQModel:
+    @staticmethod
+    def load(path, config, device):
+        return Model(path, config, device)
+class Model:
+    def __init__(self, *parts):
+        self.parts = parts
+    def quantize(self, samples, **options):
+        self.said = [self.parts[0], self.parts[1].fields, self.parts[2], samples,
+                     options["checkpoint"].path]
+        for layer in range(2):
+            self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=False)
+            self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=True)
+        row = {"layer": 1, "module": "mlp.up_proj", "loss": "0.25", "time": "1.5"}
+        return {"gptq": [row, row | {"layer": 0, "loss": "fallback(rtn)", "time": ""}]}
+    def save(self, path):
+        pathlib.Path(path).write_text(json.dumps(self.said))
+""",
+    "gptqmodel/quantization/__init__.py": "",
+    "gptqmodel/quantization/config.py": """
+class GPTQConfig:
+    def __init__(self, **fields):
+        self.fields = fields
+""",
+    "gptqmodel/looper/__init__.py": "",
+    "gptqmodel/looper/checkpoint_store.py": """
+class CheckpointConfig:
+    def __init__(self, path):
+        self.path = path
+""",
+}
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file to fill with what the worker does; `say` is there."""
+    path = tmp_path / "worker.py"
+    monkeypatch.setattr(quantize_run, "WORKER", path)
+    return path
+
+
+def run(folder: Path, job: dict[str, Any] | None = None) -> list[Event]:
+    seen: list[Event] = []
+    events = run_worker(PYTHON, {"kind": "gptq", **(job or {})}, folder, seen.append)
+    assert events == seen
+    return events
+
+
+def test_the_worker_drives_gptqmodel_and_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, source in STUB.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = {
+        "model": "source",
+        "out": str(tmp_path / "made"),
+        "checkpoints": "kept",
+        "num_layers": 2,
+        "group_size": 64,
+        "desc_act": False,
+        "device": "cpu",
+        "batch_size": 4,
+        "samples": [[5, 6]],
+    }
+
+    events = run(tmp_path, job)
+
+    assert [event["event"] for event in events] == ["started", "layer", "layer", "errors", "done"]
+    assert events[0]["versions"]["torch"]
+    assert [(event["done"], event["of"]) for event in events[1:3]] == [(1, 2), (2, 2)]
+    assert events[3]["rows"] == [
+        {"layer": 1, "linear": "mlp.up_proj", "error": 0.25, "seconds": 1.5},
+        {"layer": 0, "linear": "mlp.up_proj", "error": None, "seconds": 0.0},
+    ]
+    model, config, device, samples, kept = json.loads((tmp_path / "made").read_text())
+    assert (model, device, kept) == ("source", "cpu", "kept")
+    assert samples == [{"input_ids": [5, 6], "attention_mask": [1, 1]}]
+    assert config.items() >= {"bits": 4, "group_size": 64, "sym": True, "desc_act": False}.items()
+    assert "a banner" in (tmp_path / "worker.log").read_text()
+
+
+def test_a_worker_that_fails_says_why(worker: Path, tmp_path: Path) -> None:
+    worker.write_text("raise RuntimeError('out of luck')")
+    with pytest.raises(WorkerFailed, match=r"\(gptqmodel\) ended early: RuntimeError: out of luck"):
+        run(tmp_path)
+
+
+def test_a_worker_that_ends_without_a_word_has_failed_too(worker: Path, tmp_path: Path) -> None:
+    worker.write_text("""print('{"event": "layer", "done": 1, "of": 2}')""")
+    with pytest.raises(WorkerFailed, match="it said nothing"):
+        run(tmp_path)
+
+
+def test_an_interpreter_without_the_package_is_named(worker: Path, tmp_path: Path) -> None:
+    worker.write_text("""raise ImportError("No module named 'gptqmodel'")""")
+    with pytest.raises(WorkerFailed, match=r"has no gptqmodel; `make quantizer` makes"):
+        run(tmp_path)
+
+
+def test_what_a_listener_raises_ends_the_worker(worker: Path, tmp_path: Path) -> None:
+    worker.write_text(
+        "import os, time\n"
+        """print('{"event": "started", "pid": %d}' % os.getpid(), flush=True)\n"""
+        "time.sleep(600)"
+    )
+    pids = []
+
+    def stop(event: Event) -> None:
+        pids.append(event["pid"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(PYTHON, {"kind": "gptq"}, tmp_path, stop)
+    assert not is_alive(pids[0])
+
+
+def test_the_worker_ends_when_who_began_it_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "gptqmodel.py").write_text(
+        "import os, pathlib, time\n"
+        f"part = pathlib.Path({str(tmp_path / 'part')!r})\n"
+        "part.write_text(str(os.getpid()))\n"
+        f"part.rename({str(tmp_path / 'pid')!r})\n"
+        "time.sleep(600)\n"
+    )
+    script = (
+        "import pathlib, sys\n"
+        "from training.quantize_run import run_worker\n"
+        "job = {'kind': 'gptq', 'device': 'cpu'}\n"
+        "run_worker(pathlib.Path(sys.executable), job, pathlib.Path(sys.argv[1]), print)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{quantize_run.ROOT}"}
+    with subprocess.Popen([PYTHON, "-c", script, tmp_path], env=env) as parent:
+        while not (tmp_path / "pid").exists():
+            assert parent.poll() is None
+            time.sleep(0.02)
+        parent.kill()
+    pid = int((tmp_path / "pid").read_text())
+    while is_alive(pid):  # the test's own time limit bounds it
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_the_environment_of_its_own_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "python"
+    monkeypatch.setattr(quantize_run, "TOOL", tool)
+    with pytest.raises(ValueError, match=r"gptqmodel is not installed: `make quantizer`"):
+        find_python(None, "gptq")
+    monkeypatch.setitem(quantize_run.PACKAGES, "gptq", "json")
+    assert find_python(None, "gptq") == PYTHON
+    tool.touch()
+    assert find_python(None, "gptq") == tool
+    assert find_python(PYTHON, "gptq") == PYTHON
+    with pytest.raises(ValueError, match="must be a Python interpreter"):
+        find_python(tmp_path / "none", "gptq")
+
+
+def test_auto_gptq_explains_itself() -> None:
+    with pytest.raises(ValueError, match=r"no longer imports .*--backend gptqmodel"):
+        check_backend("auto-gptq", "gptq")
+    check_backend("gptqmodel", "gptq")
+    check_backend("auto", "awq")
+    with pytest.raises(ValueError, match="awq is written by auto-round"):
+        check_backend("gptqmodel", "awq")
