@@ -1,6 +1,7 @@
 """Step times for the cost model: those measured on one H100, or a file of one's own.
 
-A file is what `turnout bench --gpu-table --json` writes, or the plain form:
+A file is what `turnout bench --merged --json` writes, a folder that and what `turnout bench
+--gpu-table --json` writes, for the steps of many adapters; or a file has the plain form:
 
     {"source": "…", "second_pass_ms": 0.1, "points": [{"batch": 8, "plain_ms": 2.6, "one_ms": 2.9,
      "many_ms": 3.3, "num_adapters": 8, "merged_ms": 2.6}, …]}
@@ -30,29 +31,25 @@ def _point(
     )
 
 
-# docs/performance.md, "The engine on a GPU". Measured there: many_ms, and at batch 32 all
-# but merged_ms. Elsewhere plain_ms is many_ms less LoRA's part of the linears ("LoRA" there), and
-# one_ms the 0.32 ms more that one row with an adapter costs. A merged pass is taken to cost what
-# the base costs without adapters: the same bytes by the same design.
+# docs/performance.md: plain_ms, one_ms and merged_ms of "Merged models", many_ms of "The engine on
+# a GPU" where that, another run, is not below one_ms (at batch 8 it is, by 0.08).
 H100 = StepTimes(
-    source="Mistral-7B, adapters of rank 16, one H100 80GB; merged passes as the base's own",
+    source="Mistral-7B, adapters of rank 16, one H100 80GB, 2026-11-22",
     points=(
-        _point(1, 2.49, 2.82, 2.82, 1, 2.49),
-        _point(8, 2.63, 2.95, 3.34, 8, 2.63),
-        _point(32, 3.82, 4.14, 5.27, 32, 3.82),
-        _point(64, 4.94, 5.26, 6.64, 32, 4.94),
+        _point(1, 2.49, 2.88, 2.88, 1, 2.40),
+        _point(8, 2.76, 3.42, 3.42, 8, 2.70),
+        _point(32, 3.82, 4.42, 5.27, 32, 3.81),
+        _point(64, 5.15, 5.88, 6.64, 32, 5.23),
     ),
 )
 
 
 def read_step_times(path: Path | None) -> StepTimes:
-    """Read a file of step times; None is the H100's. Raises ValueError naming what is wrong."""
+    """Read step times; None is the H100's. Raises ValueError naming what is wrong."""
     if path is None:
         return H100
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("it holds no JSON object")
+        content = _content(path)
         if "figures" in content:
             return _from_figures(content, path)
         points = [_point(*(point[field] for field in _FIELDS)) for point in content["points"]]
@@ -65,6 +62,17 @@ def read_step_times(path: Path | None) -> StepTimes:
         raise ValueError(f"the step times in {path} lack {error}") from error
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"the step times in {path} cannot be used: {error}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, or of a folder's files with their figures together."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    objects = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not objects or not all(isinstance(each, dict) for each in objects):
+        raise TypeError("it holds no JSON object")
+    if len(objects) == 1:
+        return dict(objects[0])
+    return {**objects[0], "figures": [row for each in objects for row in each["figures"]]}
 
 
 def _from_figures(content: dict[str, Any], path: Path) -> StepTimes:

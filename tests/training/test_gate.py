@@ -180,7 +180,7 @@ def test_what_is_within_every_threshold_passes() -> None:
     ],
 )
 def test_a_failure_says_by_how_much(change: dict[str, Any], said: str) -> None:
-    limits = Thresholds(max_mean_kl=0.2, min_top1_agreement=0.8)
+    limits = Thresholds(max_mean_kl=0.2, min_top1_agreement=0.8, loss_slack=0.0)
     report = GateReport(figures=replace(FIGURES, **change), thresholds=limits)
     (failure,) = report.failures
     assert pytest.approx(report.figures.loss_increase) == change.get("artifact_loss", 1.05) - 1

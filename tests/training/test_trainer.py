@@ -410,7 +410,7 @@ def work(settings: str, pipe: Connection) -> None:
 
 
 def killed_run(config: TrainConfig, after_s: float | None) -> list[Any]:
-    """Run in a process of its own, kill -9 it so long after it began; return what it told."""
+    """Run in a process of its own, kill -9 it so long after its first checkpoint; what it told."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.run"])  # imports take seconds, once
     ours, theirs = context.Pipe(duplex=False)
@@ -421,6 +421,10 @@ def killed_run(config: TrainConfig, after_s: float | None) -> list[Any]:
     with ours, contextlib.suppress(EOFError):
         told.append(ours.recv())
         if after_s is not None:
+            folder = CheckpointFolder(config.out / "checkpoints", 1)
+            before = folder.files()[-1:]
+            while process.is_alive() and folder.files()[-1:] == before:
+                time.sleep(0.002)
             time.sleep(after_s)
             process.kill()
         told.append(ours.recv())
@@ -436,19 +440,18 @@ def newest(config: TrainConfig) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_ten_kills_in_the_middle_change_not_one_bit(make: MakeConfig, tmp_path: Path) -> None:
-    settings = {"max_steps": 200, "save_every": 3, "eval_every": 40, "dropout": 0.1}
+    settings = {"max_steps": 400, "save_every": 3, "eval_every": 80, "dropout": 0.1}
     whole = make(**settings, out=tmp_path / "whole")
     assert killed_run(whole, None)[-1] == "done"
     cut = make(**settings, out=tmp_path / "cut")
     starts = []
     for kill in range(10):
-        told = killed_run(cut, 0.1 + 0.05 * (kill % 4))
+        told = killed_run(cut, 0.013 * (kill % 4))
         assert "done" not in told, "the run is too short for ten kills"
         starts += told
-    assert starts == sorted(starts)
-    assert len(set(starts)) > 5  # most of them got on
+    assert starts == sorted(set(starts)), "each of them got on"
     assert killed_run(cut, None)[-1] == "done"
     one, other = newest(whole), newest(cut)
     assert same(one["adapter"], other["adapter"])

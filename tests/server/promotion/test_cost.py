@@ -226,6 +226,32 @@ def test_step_times_are_read_from_a_gpus_table(tmp_path: Path) -> None:
     assert [found.many_s, found.merged_s] == pytest.approx([3.3e-3, 2.5e-3])
 
 
+def test_the_tables_of_a_folder_are_read_together(tmp_path: Path) -> None:
+    merged = figures(
+        ("decode step, batch 8, no adapter", 2.6),
+        ("decode step, batch 8, 1 adapter", 2.9),
+        ("decode step, batch 8, merged", 2.5),
+    )
+    (tmp_path / "merged.json").write_text(json.dumps(merged))
+    (found,) = read_step_times(tmp_path).points
+    assert (found.num_adapters, found.many_s) == (1, found.one_s)  # nothing is known of more
+    table = figures(("decode step, batch 8, 8 adapters", 3.3))
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    (found,) = read_step_times(tmp_path).points
+    assert found.num_adapters == 8
+    assert found.many_s == pytest.approx(3.3e-3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no JSON object"):
+        read_step_times(tmp_path / "empty")
+
+
+def test_the_measured_trace_is_what_the_model_says() -> None:
+    """docs/performance.md: 5,714 tok/s without, 3,946 with the top one of 32 merged."""
+    zipf = {str(rank): 1 / rank for rank in range(1, 33)}
+    found = estimate(zipf, 32, H100)
+    assert found.without_s / found.with_s == pytest.approx(3946 / 5714, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
