@@ -1,6 +1,5 @@
 """Which adapters a merged model in the engine answers for."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from server.api.ports import Engine
@@ -36,6 +35,3 @@ class MergedRoutes:
         """The weight set that answers for it now; None: the adapter path."""
         artifact, number = self._routes.get(adapter_digest, (None, -1))
         return artifact if number == self._engine.num_restarts else None
-
-    def on_lost(self, callback: Callable[[str, str], None]) -> None:
-        """Nothing is lost but with the engine process: then `route` knows."""

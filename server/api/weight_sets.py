@@ -6,7 +6,7 @@ The adapter path serves whatever happens here.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from server.api.ports import Engine
 from server.errors import ServeError, WeightSetRefused
 from server.metrics import Metrics
 
-_RETRY_S = 300.0  # before a weight set that was refused or lost is tried again
+_RETRY_S = 300.0  # before a weight set that was refused is tried again
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,6 @@ class MergedPath(Protocol):
         """The weight set that answers for it now; None is the adapter path."""
         ...
 
-    def on_lost(self, callback: Callable[[str, str], None]) -> None:
-        """Call back with (adapter digest, reason) when the engine gives a weight set up."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
@@ -56,7 +52,7 @@ class Trouble:
 class WeightSets:
     """Keeps the engine's merged models equal to what the published names' artifacts are.
 
-    Its methods are called one at a time; the lost-callback may come in between.
+    Its methods are called one at a time.
     """
 
     def __init__(
@@ -69,8 +65,6 @@ class WeightSets:
         self._whole: set[str] = set()  # artifacts whose bytes were checked
         self._troubles: dict[str, Trouble] = {}  # by adapter digest
         self._engine_number = -1
-        if merged is not None:
-            merged.on_lost(self._on_lost)
 
     def artifact(self, adapter_digest: str) -> Artifact | None:
         """The revision's artifact, if it was made from the base that serves."""
@@ -189,13 +183,6 @@ class WeightSets:
         if trouble is None or trouble.artifact not in ("", artifact.digest):
             return True
         return time.monotonic() - trouble.since >= _RETRY_S
-
-    def _on_lost(self, adapter_digest: str, reason: str) -> None:
-        """The engine gave a weight set up; requests go by the adapter path already."""
-        artifact = self._loaded.pop(adapter_digest, "")
-        self._metrics.weight_set_bytes.pop(adapter_digest, None)
-        self._troubles[adapter_digest] = Trouble(artifact, reason, time.monotonic())
-        log.warning("served merged no more: %s", reason, extra={"adapter": adapter_digest})
 
     def _count(self, wanted: Mapping[str, Artifact]) -> None:
         self._metrics.weight_set_bytes = {

@@ -205,7 +205,7 @@ def test_other_settings_make_another_artifact_in_the_place_of_the_first(
         assert shown["path"] == "merged"
 
 
-def test_a_weight_set_that_the_engine_gives_up_falls_back_to_the_adapter_path(
+def test_what_a_new_engine_does_not_load_again_falls_back_to_the_adapter_path(
     open_server: Open, merged: FakeMerged, adapter: Path
 ) -> None:
     with open_server() as server:
@@ -214,13 +214,15 @@ def test_a_weight_set_that_the_engine_gives_up_falls_back_to_the_adapter_path(
         wait_ended(server)
         assert server.metrics.weight_set_bytes.keys() == {digest}
         merged.routes.clear()
-        server.loop.call_soon_threadsafe(merged.lose, digest, "evicted: the KV cache needs room")
-        wait_until(lambda: card(server)["message"] == "evicted: the KV cache needs room")
+        merged.refusal = "there is no room"
+        server.engine.num_restarts += 1
+        settle(server, lambda: card(server)["message"] == "there is no room")
         look(server)
         assert card(server)["path"] == "adapter"
         assert server.metrics.weight_set_bytes == {}
         assert len(merged.loads) == 1
-        server.engine.num_restarts += 1  # a new engine has room
+        merged.refusal = None
+        server.engine.num_restarts += 1  # the next has room
         settle(server, lambda: card(server)["path"] == "merged")
 
 

@@ -116,6 +116,7 @@ def quiet_oracles() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_oracles")
 def test_in_nf4_we_are_as_close_to_exact_arithmetic_as_bitsandbytes_is(
     make_harness: MakeHarness,

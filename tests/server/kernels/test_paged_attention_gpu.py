@@ -422,6 +422,7 @@ def test_the_kernels_compile_for_each_architecture_and_fit_its_shared_memory(
         assert "cp.async" in done.asm["ptx"]  # keys and values are prefetched
 
 
+@pytest.mark.slow
 def test_the_kernels_pass_their_tests_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(

@@ -58,6 +58,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run here")
 @needs_triton
+@pytest.mark.slow
 def test_the_kernel_is_right_in_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     result = subprocess.run(

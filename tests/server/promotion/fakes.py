@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ class FakeMerged:
         self.loads: list[tuple[str, str, Path]] = []
         self.unloads: list[str] = []
         self.refusal: str | None = None
-        self.lose: Callable[[str, str], None] = lambda digest, reason: None
 
     async def load(self, adapter_digest: str, artifact_digest: str, folder: Path) -> None:
         if self.refusal is not None:
@@ -44,6 +42,3 @@ class FakeMerged:
 
     def route(self, adapter_digest: str) -> str | None:
         return self.routes.get(adapter_digest)
-
-    def on_lost(self, callback: Callable[[str, str], None]) -> None:
-        self.lose = callback
