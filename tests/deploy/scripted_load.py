@@ -11,12 +11,13 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 BROKEN = "broken"  # an adapter whose object is gone
+PROMOTED = "promoted"  # one that a merged model answers for
 
 
 class ScriptedLoad:
-    """Requests to one server that has the example adapters, a bank for one, and `--max-waiting 3`.
+    """Requests to one server that has the example adapters, PROMOTED, and `--max-waiting 3`.
 
-    Each method is one way, and asserts that it was taken.
+    Its bank has room for one of them. Each method is one way, and asserts that it was taken.
     """
 
     def __init__(self, url: str, base: str, store: Path) -> None:
@@ -31,6 +32,7 @@ class ScriptedLoad:
         """All of them, one after the other."""
         self.hits()
         self.misses_and_evictions()
+        self.merged()
         self.unknown_name()
         self.failed_load()
         self.cancelled()
@@ -47,6 +49,13 @@ class ScriptedLoad:
         tiers = [self._ask(name).headers["x-adapter-tier"] for name in ("pirate", "json", "pirate")]
         assert "gpu" not in tiers
         assert tiers[1:] == ["host", "host"]
+
+    def merged(self) -> None:
+        """A promoted adapter, once the engine has its model."""
+        deadline = time.monotonic() + 60
+        while self._ask(PROMOTED).headers["x-serving-path"] != "merged":
+            assert time.monotonic() < deadline, "its model was not loaded"
+            time.sleep(0.2)
 
     def unknown_name(self) -> None:
         assert self._post("nobody", 1).status_code == 404

@@ -16,8 +16,9 @@ import yaml
 
 from deploy.grafana.__main__ import dashboards
 from server.default_base import DEFAULT_BASE_NAME, ensure_default_base
+from tests.deploy.promoted import put_promoted
 from tests.deploy.promql import PROMETHEUS, filled_in, left_sides, rules
-from tests.deploy.scripted_load import ScriptedLoad
+from tests.deploy.scripted_load import PROMOTED, ScriptedLoad
 from tests.deploy.tools import find, needs
 from tests.server.test_serve import Server
 
@@ -107,6 +108,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     ensure_default_base()
     folder = tmp_path_factory.mktemp("prometheus")
     store = folder / "store"
+    put_promoted(store, PROMOTED)
     server = Server(store, "--bank-rows", "8", "--max-waiting", "3", "--kv-gib", "0.25")
     load = ScriptedLoad(server.url, DEFAULT_BASE_NAME, store)
     started: Prometheus | None = None
@@ -172,6 +174,7 @@ def test_the_load_took_every_way(prometheus: Prometheus) -> None:
         ('vllm:request_success_total{finished_reason="length"}', 8),
         ('turnout_tokens_total{path="base"}', 10),
         ('turnout_tokens_total{path="adapter"}', 30),
+        ('turnout_tokens_total{path="merged"}', 12),
         ("vllm:prefix_cache_hits_total", 16),
         ("max_over_time(vllm:num_requests_running[5m])", 2),
     ):

@@ -29,10 +29,11 @@ from training.config import TrainConfig, make_config, read_settings
 from training.loss import summed_loss
 from training.packing import collate
 from training.plan import mask_in_colour
-from training.qlora import load_base
+from training.qlora import add_adapter, load_base
 from training.render import Example
 from training.report import svg_chart
 from training.result import RESULT_FILES, Outcome
+from training.trainer import Trainer
 
 EXAMPLE = Path(__file__).parent.parent.parent / "training" / "example"
 CPU = torch.device("cpu")
@@ -375,7 +376,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Outcome, 
     settings |= {"base": ensure_default_base(), "out": folder / "out", "epochs": 3}
     settings |= {"eval_data": folder / "held.jsonl"}
     outcome = finish(make_config(settings)[0])
-    server = Server(folder / "store")
+    server = Server(folder / "store", "--dtype", "float32")
     command = ["adapters", "push", "taught", str(folder / "out"), "--store", str(folder / "store")]
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--url", server.url])
@@ -398,7 +399,14 @@ def test_the_server_gives_the_taught_answer(taught: tuple[Outcome, Server]) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_servers_held_out_loss_is_the_trainers(taught: tuple[Outcome, Server]) -> None:
+    """Both in fp32: in bf16 each is off by up to 0.5 % on so few tokens, one up and one down."""
     outcome, server = taught
+    base = load_base(outcome.config.base, "nf4", torch.float32, CPU)
+    trainer = Trainer(
+        outcome.config, add_adapter(base, outcome.config), outcome.dataset, pad_id=2, device=CPU
+    )
+    trainer.resume()
+    assert trainer.state.step == outcome.state.best_step
     total, count = 0.0, 0
     for example in outcome.dataset.evaluation:
         ids = list(example.ids)
@@ -408,5 +416,6 @@ def test_the_servers_held_out_loss_is_the_trainers(taught: tuple[Outcome, Server
         for logprob, is_learned in zip(logprobs[1:], example.is_learned[1:], strict=True):
             total -= logprob * is_learned
             count += is_learned
+    assert math.isclose(total / count, trainer.held_out_loss(), rel_tol=0.0005)
     assert outcome.state.best_loss is not None
-    assert math.isclose(total / count, outcome.state.best_loss, rel_tol=0.002)
+    assert math.isclose(total / count, outcome.state.best_loss, rel_tol=0.02)
