@@ -17,6 +17,7 @@ from server.adapter_admin import base_shape
 from server.bench.workload import save_random_adapter
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, PromotionConfig
 from server.engine.request import AdapterRef
+from server.engine.threads import use_one_thread
 from server.model.loader import Checkpoint
 from server.model.spec import FUSED, ModelSpec, read_spec
 
@@ -145,8 +146,7 @@ def register_adapters(
                 revision = registry.push(f"a{seed}", folder)
             return AdapterRef.of(revision)
 
-        # Each thread with one of torch's: with all of them eight would wait for each other.
-        with ThreadPoolExecutor(8, initializer=lambda: torch.set_num_threads(1)) as pool:
+        with ThreadPoolExecutor(8, initializer=use_one_thread) as pool:
             return list(pool.map(register, *zip(*enumerate(ranks), strict=True)))
 
 

@@ -19,6 +19,7 @@ from server.engine.messages import EngineInfo
 from server.engine.model_runner import ModelRunner, RunnerParts
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.threads import use_one_thread
 from server.engine.weight_sets import WeightSets
 from server.kernels.dense_linear import can_pack
 from server.kernels.lora_step import PAGE_ROWS
@@ -206,19 +207,11 @@ def _adapter_cache(
         read=loader.read,
         write=write,
         executor=ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="adapter-loader", initializer=_use_one_thread
+            max_workers=1, thread_name_prefix="adapter-loader", initializer=use_one_thread
         ),
         num_tables=config.adapters.rotary_tables,
         write_table=rotary.write,
     )
-
-
-def _use_one_thread() -> None:
-    """Keep the loader from starting OpenMP threads of its own.
-
-    With more of them than cores libgomp stops spinning at all, and a step takes twice its time.
-    """
-    torch.set_num_threads(1)
 
 
 def select_device(name: str) -> torch.device:

@@ -15,6 +15,7 @@ from server.engine.messages import WeightSetEvent
 from server.engine.model_runner import Launched, ModelRunner
 from server.engine.request import BASE
 from server.engine.scheduler import Plan
+from server.engine.threads import use_one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class WeightSets:
     _events: list[WeightSetEvent] = field(default_factory=list)
     _reader: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(
-            1, "weight-set-reader", initializer=lambda: torch.set_num_threads(1)
+            1, "weight-set-reader", initializer=use_one_thread
         )
     )
 
