@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from server.config import Config
+from server.engine.channel import Channel
 from server.engine.messages import (
     AbortRequests,
     AdapterEvent,
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_EARLY_DEATHS = 3  # in a row, before the engine was ready: then starting it again is hopeless
 _RESTART_PAUSE_S = 0.2
+_STOP_PATIENCE_S = 2
 
 
 _Event = TypeVar("_Event")
@@ -134,8 +135,8 @@ class EngineClient:
         self._fatal: str | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
+        self._context = zmq.Context()
+        self._channel: Channel | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="turnout-")
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -223,23 +224,19 @@ class EngineClient:
 
     async def _keep_alive(self) -> None:
         """Run engine processes, one after the other, until one says that it never can."""
-        try:
-            while self._fatal is None:
-                await self._run_once()
-                if self._fatal is None:
-                    self._count_death()
-                    await asyncio.sleep(_RESTART_PAUSE_S)
-        finally:
-            await self._stop()
+        while self._fatal is None:
+            await self._run_once()
+            if self._fatal is None:
+                self._count_death()
+                await asyncio.sleep(_RESTART_PAUSE_S)
 
     async def _run_once(self) -> None:
         """Start one engine process and read from it until it ends."""
         endpoint = (
             f"ipc://{Path(self._folder.name) / f'engine-{self.num_restarts}-{time.time_ns()}'}"
         )
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(endpoint)
+        self._channel = Channel(self._context, self._receive)
+        self._channel.bind(endpoint)
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -251,15 +248,14 @@ class EngineClient:
         assert self._process.stdin is not None
         self._process.stdin.write(encode_config(self._config))
         self._process.stdin.close()
-        reader = asyncio.create_task(self._read(self._socket))
         try:
             await self._process.wait()
-            await asyncio.sleep(0)  # what it sent before it ended
+            self._channel.read_all()  # what it sent before it ended
         finally:
-            reader.cancel()
             self._is_ready.clear()
             self._fail_streams("The engine process ended; it is being started again.")
-            self._socket.close(linger=0)
+            await self._stop(self._process)
+            self._channel.close()
 
     def _count_death(self) -> None:
         assert self._process is not None
@@ -270,24 +266,20 @@ class EngineClient:
         if self._num_early_deaths >= _MAX_EARLY_DEATHS:
             self._fatal = f"the engine process ended {_MAX_EARLY_DEATHS} times without serving"
 
-    async def _stop(self) -> None:
-        process = self._process
-        if process is None or process.returncode is not None:
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is not None:
             return
-        if self._socket is not None and not self._socket.closed:
-            with contextlib.suppress(zmq.ZMQError):
-                self._send(Shutdown())
+        with contextlib.suppress(zmq.ZMQError):  # it has not connected yet
+            self._send(Shutdown())
         try:
-            await asyncio.wait_for(process.wait(), timeout=2)
+            await asyncio.wait_for(process.wait(), _STOP_PATIENCE_S)
         except TimeoutError:
+            logger.warning("the engine process did not end within %d s; killed", _STOP_PATIENCE_S)
             process.kill()
             await process.wait()
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            self._handle(self._decoder.decode(await socket.recv()))
-
-    def _handle(self, message: FromEngine) -> None:
+    def _receive(self, payload: bytes) -> None:
+        message: FromEngine = self._decoder.decode(payload)
         match message:
             case StepOutputs(outputs, stats):
                 self.stats = stats
@@ -337,9 +329,8 @@ class EngineClient:
             self._send(AbortRequests([request_id]))
 
     def _send(self, message: ToEngine) -> None:
-        assert self._socket is not None, "the engine has never been started"
-        # Never blocks: no high-water mark. The shadow socket spares a future for each message.
-        zmq.Socket(self._socket).send(self._encoder.encode(message), zmq.DONTWAIT)
+        assert self._channel is not None, "the engine has never been started"
+        self._channel.send(self._encoder.encode(message))
 
 
 async def _expect(waiters: _Waiters[_Event], digest: str) -> _Event:

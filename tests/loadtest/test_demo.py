@@ -1,7 +1,6 @@
 """`turnout loadtest demo`: a real server, many adapters, a page at the end."""
 
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -86,9 +85,6 @@ async def test_a_real_server_is_loaded_and_every_digest_is_its_adapters() -> Non
         num_adapters=6, rate=1.0, duration_s=12.0, prompt_tokens=16, output_tokens=6, bank_rows=32
     )
     report = await demo(options, RunOptions(check_share=0.2), Unwatched())
-    if report.outcomes["ok"] == 0:  # seen once in many runs and not explained: is it for good?
-        logging.getLogger(__name__).warning("nothing was answered: %s", report)
-        report = await demo(options, RunOptions(check_share=0.2), Unwatched())
     assert report.outcomes["ok"] == report.trace.num_lines
     assert (report.identity.num_checked, report.identity.num_mismatched) == (
         report.trace.num_lines,
