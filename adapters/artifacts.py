@@ -8,6 +8,7 @@ The folder appears by one rename and goes by one, so half an artifact has no nam
 sha256 over every file's, the adapter's and the base's digest; the adapter's alone finds it.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -156,7 +157,8 @@ class ArtifactStore:
         """Delete an artifact; from here on nobody finds it, whatever interrupts the rest."""
         if self.path(digest).exists():
             gone = Path(tempfile.mkdtemp(prefix=_GONE, dir=self.folder))
-            self.path(digest).rename(gone / digest)
+            with contextlib.suppress(FileNotFoundError):  # another thread deletes it too
+                self.path(digest).rename(gone / digest)
             shutil.rmtree(gone)
         (self.folder / f"{digest}{_DEMOTED}").unlink(missing_ok=True)
 

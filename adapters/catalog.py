@@ -79,6 +79,7 @@ class Entry:
     pinned: bool = False
     revisions: dict[int, Revision] = field(default_factory=dict)
     published: list[int] = field(default_factory=list)  # the last is current
+    last_deleted: int = 0  # the highest number that a deleted revision had
 
     def revision(self, number: int) -> Revision:
         """Look up a revision. Raises AdapterNotFound."""
@@ -178,6 +179,12 @@ class Catalog:
         with self._lock:
             return tuple(self._entry(name).published)
 
+    def next_number(self, name: str) -> int:
+        """What a new revision is called: a number that none of the name has had."""
+        with self._lock:
+            entry = self._entries.get(name)
+            return 1 if entry is None else max(entry.last_deleted, *entry.revisions) + 1
+
     def resolve(self, model: str) -> Revision:
         """What `name` or `name@number` means now. Raises AdapterNotFound."""
         with self._lock:
@@ -246,10 +253,22 @@ class Catalog:
         """Forget a name; return the digests that no other revision has."""
         with self._lock:
             entry = self._entries.pop(name)
-            digests = {revision.digest for revision in entry.revisions.values()}
-            self._named.subtract(digests)
-            self._named += Counter()  # drops the zeros
-            return digests - self._named.keys()
+            return self._unname({revision.digest for revision in entry.revisions.values()})
+
+    def remove_revision(self, revision: Revision, published: list[int]) -> set[str]:
+        """Forget a revision, leave these publications; return its digest if no other one has it."""
+        with self._lock:
+            entry = self._entry(revision.name)
+            entry.published = published
+            del entry.revisions[revision.number]
+            entry.last_deleted = max(entry.last_deleted, revision.number)
+            return self._unname({revision.digest})
+
+    def _unname(self, digests: set[str]) -> set[str]:
+        """Count one revision less for each; return those that have none left."""
+        self._named.subtract(digests)
+        self._named += Counter()  # drops the zeros
+        return digests - self._named.keys()
 
     def _is_unused(self, digest: str) -> bool:
         if self._leased[digest] or digest in self._named:

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -30,6 +30,7 @@ Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 Stage = Literal["merge", "quantize", "gate", "register"]
 MergeBase = Literal["auto", "original", "dequantized"]
 Device = Literal["cpu", "cuda"]
+Backend = Literal["auto", "gptqmodel", "auto-round"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 ENDED: tuple[Status, ...] = ("done", "failed", "cancelled")
 WAITING = "waiting to be loaded"  # what is said of an artifact between its end and its serving
@@ -51,8 +52,11 @@ class PromotionRequest(msgspec.Struct, frozen=True, kw_only=True):
     base_digest: str
     merge_base: MergeBase = "auto"
     group_size: int = 0  # 0: the largest of 128, 64, 32 that divides every layer's input width
+    backend: Backend = "auto"  # what quantizes
     rows: str | None = None  # rows like those it was trained on: calibration, and the gate's
     rows_sha256: str | None = None  # of that file
+    eval_rows: str | None = None  # the gate's, where they are in a file of their own
+    eval_rows_sha256: str | None = None
     text: str | None = None  # general text to calibrate on
     num_tokens: int = 16384  # of calibration
     gate: dict[str, float] = {}  # thresholds; what is not named has its default
@@ -65,8 +69,8 @@ class PromotionRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def settings(self) -> dict[str, Any]:
         """What makes two artifacts of one revision differ."""
-        names = ("base_digest", "merge_base", "group_size", "rows_sha256", "text", "num_tokens",
-                 "gate", "seed")  # fmt: skip
+        names = ("base_digest", "merge_base", "group_size", "backend", "rows_sha256",
+                 "eval_rows_sha256", "text", "num_tokens", "gate", "seed")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 
@@ -120,18 +124,21 @@ class JobFolder:
         return cls(promotions_folder(root) / adapter_digest)
 
     @classmethod
-    def create(cls, root: Path, request: PromotionRequest, rows: bytes | None) -> "JobFolder":
+    def create(
+        cls, root: Path, request: PromotionRequest, contents: Mapping[str, bytes]
+    ) -> "JobFolder":
         """Write a new job, in the place of the last one, which must have ended.
 
-        rows  what the request's `rows` shall hold, in JSON lines; kept with the job
+        contents  of the request's `rows` and `eval_rows`, in JSON lines, that are kept with the job
         """
         promotions = promotions_folder(root)
         promotions.mkdir(parents=True, exist_ok=True)
         target = cls(promotions / request.adapter_digest)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=promotions))
-        if rows is not None:
-            (new / "rows.jsonl").write_bytes(rows)
-            request = msgspec.structs.replace(request, rows=str(target.path / "rows.jsonl"))
+        for field, content in contents.items():
+            (new / f"{field}.jsonl").write_bytes(content)
+            kept = {field: str(target.path / f"{field}.jsonl")}
+            request = msgspec.structs.replace(request, **kept)
         now = time.time()
         (new / _REQUEST).write_bytes(msgspec.json.encode(request))
         state = PromotionState(status="waiting", started=now, updated=now, message="starting")
@@ -229,7 +236,10 @@ def sweep_promotions(root: Path) -> list[str]:
     folder = promotions_folder(root)
     strays = sorted(folder.glob(".*")) if folder.is_dir() else []
     for path in strays:
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     return [path.name for path in strays]
 
 

@@ -6,6 +6,7 @@ what a crash left between.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
-    """What became of a deleted name's digests that no other name uses."""
+    """What became of the digests that nothing names since a deletion."""
 
     freed: tuple[str, ...]
     draining: tuple[str, ...]  # still leased; freed, with `on_free`, when the last lease ends
@@ -225,9 +226,30 @@ class Registry:
             with self._rows.transaction():
                 self._rows.remove_adapter(name)
             unnamed = self._catalog.remove_entry(name)
-            freed = {digest for digest in unnamed if self._free_if_unused(digest)}
             log.info("adapter deleted", extra={"adapter": name})
-            return Deletion(freed=tuple(sorted(freed)), draining=tuple(sorted(unnamed - freed)))
+            return self._free(unnamed)
+
+    def delete_revision(self, name: str, number: int) -> Deletion:
+        """Forget a revision that `name` does not mean; free its digest when the last lease ends.
+
+        Its number is not given again, and rolling back passes it over. Raises AdapterNotFound, and
+        AdapterConflict for what is published and for the only revision.
+        """
+        with self._writing:
+            revision = self._catalog.revision(name, number)
+            published = self._catalog.published(name)
+            if published[-1:] == (number,):
+                raise AdapterConflict(
+                    f"{revision.id} is published; publish another revision first."
+                )
+            if len(self._catalog.revisions(name)) == 1:
+                raise AdapterConflict(f"{revision.id} is the only revision; delete the adapter.")
+            left = [each for each, _ in itertools.groupby(n for n in published if n != number)]
+            with self._rows.transaction():
+                self._rows.remove_revision(name, number, left)
+            unnamed = self._catalog.remove_revision(revision, left)
+            log.info("revision deleted", extra={"adapter": revision.id})
+            return self._free(unnamed)
 
     def usage(self) -> dict[str, int]:
         """Tokens served so far, by digest."""
@@ -250,7 +272,7 @@ class Registry:
 
     def _load(self) -> None:
         """Fill memory from the rows, sweep the store, and tell of objects that are not there."""
-        entries = {row[0]: Entry(*row) for row in self._rows.adapters()}
+        entries = {entry.name: entry for entry in self._rows.adapters()}
         for revision in self._rows.revisions():
             entries[revision.name].revisions[revision.number] = revision
         for name, number in self._rows.publications():
@@ -327,7 +349,7 @@ class Registry:
         manifest = staged.manifest
         return Revision(
             name=name,
-            number=same[0].number if same else len(known) + 1,
+            number=same[0].number if same else self._catalog.next_number(name),
             digest=staged.digest,
             created=same[0].created if same else time.time(),
             max_rank=manifest.max_rank,
@@ -351,6 +373,11 @@ class Registry:
             with self._rows.transaction():
                 self._rows.set_pinned(name, pinned)
             return self._catalog.set_pinned(name, pinned)
+
+    def _free(self, unnamed: set[str]) -> Deletion:
+        """Delete the objects that no lease needs. The writer calls it."""
+        freed = {digest for digest in unnamed if self._free_if_unused(digest)}
+        return Deletion(freed=tuple(sorted(freed)), draining=tuple(sorted(unnamed - freed)))
 
     def _free_if_unused(self, digest: str) -> bool:
         """Delete the object unless a row or a lease needs it. The writer calls it."""

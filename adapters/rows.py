@@ -3,21 +3,22 @@
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from adapters.catalog import Revision, Usage
+from adapters.catalog import Entry, Revision, Usage
 from adapters.rope import RopeScaling
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE adapters (
     name TEXT PRIMARY KEY,
     created REAL NOT NULL,
-    pinned INTEGER NOT NULL DEFAULT 0
+    pinned INTEGER NOT NULL DEFAULT 0,
+    last_deleted INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE revisions (
     name TEXT NOT NULL REFERENCES adapters ON DELETE CASCADE,
@@ -69,6 +70,13 @@ ALTER TABLE usage ADD COLUMN as_of REAL NOT NULL DEFAULT 0;
 PRAGMA user_version = 2;
 COMMIT;
 """
+_FROM_2 = """
+BEGIN IMMEDIATE;
+ALTER TABLE adapters ADD COLUMN last_deleted INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 3;
+COMMIT;
+"""
+_STEPS = {0: (_SCHEMA,), 1: (_FROM_1, _FROM_2), 2: (_FROM_2,), _VERSION: ()}
 
 
 class Rows:
@@ -80,13 +88,11 @@ class Rows:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(_SCHEMA)
-        elif version == 1:
-            self._db.executescript(_FROM_1)
-        elif version != _VERSION:
+        if version not in _STEPS:
             self._db.close()
             raise ValueError(f"{path} has version {version}; this Turnout reads {_VERSION}")
+        for step in _STEPS[version]:
+            self._db.executescript(step)
 
     def close(self) -> None:
         """Fold the log into the database and close it."""
@@ -104,10 +110,15 @@ class Rows:
                 self._db.execute("ROLLBACK")
             raise
 
-    def adapters(self) -> list[tuple[str, float, bool]]:
-        """(name, created, pinned) of every adapter."""
-        rows = self._db.execute("SELECT name, created, pinned FROM adapters ORDER BY name")
-        return [(name, created, bool(pinned)) for name, created, pinned in rows]
+    def adapters(self) -> list[Entry]:
+        """Every name, with neither revisions nor publications yet."""
+        rows = self._db.execute(
+            "SELECT name, created, pinned, last_deleted FROM adapters ORDER BY name"
+        )
+        return [
+            Entry(name=name, created=created, pinned=bool(pinned), last_deleted=last_deleted)
+            for name, created, pinned, last_deleted in rows
+        ]
 
     def revisions(self) -> list[Revision]:
         """Every revision, oldest first within a name."""
@@ -135,7 +146,18 @@ class Rows:
         """Remove a name with its revisions, keys, and usage that no other name shares."""
         self._db.execute("DELETE FROM publications WHERE name = ?", (name,))
         self._db.execute("DELETE FROM adapters WHERE name = ?", (name,))
-        self._db.execute("DELETE FROM usage WHERE digest NOT IN (SELECT digest FROM revisions)")
+        self._remove_idle_usage()
+
+    def remove_revision(self, name: str, number: int, published: Sequence[int]) -> None:
+        """Remove a revision with its keys and its usage; `published` is what the stack is then."""
+        self._db.execute("DELETE FROM publications WHERE name = ?", (name,))
+        self._db.execute("DELETE FROM revisions WHERE name = ? AND number = ?", (name, number))
+        for position, each in enumerate(published):
+            self.add_publication(name, position, each)
+        self._db.execute(
+            "UPDATE adapters SET last_deleted = max(last_deleted, ?) WHERE name = ?", (number, name)
+        )
+        self._remove_idle_usage()
 
     def set_pinned(self, name: str, pinned: bool) -> None:
         """Write the pin."""
@@ -203,3 +225,6 @@ class Rows:
             "INSERT OR REPLACE INTO usage (digest, tokens, recent, as_of) VALUES (?, ?, ?, ?)",
             (digest, usage.tokens, usage.recent, usage.as_of),
         )
+
+    def _remove_idle_usage(self) -> None:
+        self._db.execute("DELETE FROM usage WHERE digest NOT IN (SELECT digest FROM revisions)")

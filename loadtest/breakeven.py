@@ -29,7 +29,7 @@ from loadtest.report import Curve
 from loadtest.stats import Floats, interval_of
 
 _NUM_SHARES = 101
-_LEAST_S = 1e-9
+LEAST_S = 1e-9
 
 
 def step_time(step_s: Mapping[int, float], rows: npt.ArrayLike) -> Floats:
@@ -38,7 +38,7 @@ def step_time(step_s: Mapping[int, float], rows: npt.ArrayLike) -> Floats:
     given = np.asarray(rows, np.float64)
     full = np.interp(np.maximum(given, 1.0), batches, [step_s[batch] for batch in batches])
     # A reply that comes in one piece has no time per token; no step takes less than nothing.
-    return np.asarray(np.minimum(given, 1.0) * np.maximum(full, _LEAST_S), np.float64)
+    return np.asarray(np.minimum(given, 1.0) * np.maximum(full, LEAST_S), np.float64)
 
 
 def gains(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loadtest import figures
-from loadtest.breakeven import curve
+from loadtest.breakeven import LEAST_S, curve
 from loadtest.environment import fingerprint, load_now
 from loadtest.fleet import Fleet
 from loadtest.identity import IdentityCheck, server_facts
@@ -15,7 +15,9 @@ from loadtest.record import Record
 from loadtest.report import BatchComparison, CompareReport, Curve, Difference, Side
 from loadtest.run import Watcher, checked_replay, now
 from loadtest.stats import (
+    Interval,
     Statistic,
+    Values,
     cdf,
     interval_of,
     mean,
@@ -211,8 +213,18 @@ def _comparison(batch: int, found: _Measured) -> BatchComparison:
         num_blocks=len(found.a),
         a=_side(found, 0),
         b=_side(found, 1),
+        speedup=_speedup(found),
         differences=[_difference(found, *each) for each in _FIGURES],
     )
+
+
+def _speedup(found: _Measured) -> Interval:
+    a, b = found.values(lambda record: record.tpot_s)
+
+    def ratio(x: Values, y: Values) -> float:
+        return mean(x) / max(mean(y), LEAST_S)
+
+    return interval_of(ratio(_flat(a), _flat(b)), resampled(a, b, ratio))
 
 
 def _difference(

@@ -162,6 +162,10 @@ def _say_compare(report: CompareReport, console: Console) -> None:
                 str(batch.batch), each.figure, ms(each.a), *_interval_cells(each.difference)
             )
     console.print(table)
+    for batch in report.batches:
+        times = batch.speedup
+        found = f"{times.value:.2f} x as fast as {a} ({times.low:.2f} to {times.high:.2f})"
+        _line(console, f"Batch {batch.batch}: {b}'s tokens come {found}")
     for curve in report.curves:
         at = "never" if curve.break_even is None else f"from {curve.break_even:.0%} of traffic on"
         _line(console, f"Batch {curve.batch}: {b} pays {at}")

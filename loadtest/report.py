@@ -97,6 +97,7 @@ class BatchComparison(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     a: Side
     b: Side
+    speedup: Interval  # A's mean time per token over B's
     differences: list[Difference]
 
 

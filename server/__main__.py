@@ -27,6 +27,7 @@ from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_LET_GO_S = 5  # after the drain, for what is no inference: uploads, promotions, half a request
 _LINES_TO_TRY = """
   curl {url}/v1/models
 
@@ -47,10 +48,16 @@ def run(config: Config, *, example_adapters: bool = False) -> None:
         uvloop.run(_serve(config, example_adapters=example_adapters))
     except EngineStartError as error:
         raise ValueError(str(error)) from error
+    except asyncio.CancelledError:
+        logger.info("told to stop while starting")
 
 
 async def _serve(config: Config, *, example_adapters: bool) -> None:
     url = f"http://{_in_url(config.server.host)}:{config.server.port}"
+    starter = asyncio.current_task()
+    assert starter is not None, "this runs in one"
+    # A container's first process gets no signal without a handler. Once: the closing goes on.
+    _on_signal(lambda: starter.cancelling() or starter.cancel())
     listener = _listen(config.server.host, config.server.port)
     metrics = Metrics(config.model.name)
     console = Console()
@@ -64,7 +71,10 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
             app, registry = await asyncio.to_thread(
                 _build_app, config, engine, metrics, url, example_adapters=example_adapters
             )
-            server = _Server(uvicorn.Config(app, log_level="warning", access_log=False))
+            options = uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=_LET_GO_S
+            )
+            server = _Server(options)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await starting
         except BaseException:
@@ -116,9 +126,7 @@ async def _until_stopped(
 ) -> None:
     """Wait for a signal, then drain; EngineStartError if the engine is given up."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    _on_signal(stop.set)
     stopped = asyncio.create_task(stop.wait())
     given_up = asyncio.create_task(engine.wait_closed())
     await asyncio.wait({serving, stopped, given_up}, return_when=asyncio.FIRST_COMPLETED)
@@ -127,6 +135,13 @@ async def _until_stopped(
         given_up.result()
     given_up.cancel()
     await app.state.services.drain()
+
+
+def _on_signal(call: Callable[[], object]) -> None:
+    """Have SIGTERM and Ctrl-C do this from now on."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, call)
 
 
 class _Server(uvicorn.Server):

@@ -45,7 +45,9 @@ class Admin(Protocol):
         """Do `action`: publish (a revision), rollback, pin or unpin."""
         ...
 
-    def delete(self, name: str) -> None: ...
+    def delete(self, name: str, revision: int | None = None) -> None:
+        """Forget one revision, or the name."""
+        ...
 
 
 class LocalAdmin:
@@ -78,8 +80,11 @@ class LocalAdmin:
             self._registry.unpin(name)
         return adapter_card(self._registry.get(name))
 
-    def delete(self, name: str) -> None:
-        self._registry.delete(name)
+    def delete(self, name: str, revision: int | None = None) -> None:
+        if revision is None:
+            self._registry.delete(name)
+        else:
+            self._registry.delete_revision(name, revision)
 
 
 class RemoteAdmin:
@@ -115,8 +120,8 @@ class RemoteAdmin:
         body = {} if revision is None else {"revision": revision}
         return self._call("POST", f"{_at(name)}/{action}", json=body)
 
-    def delete(self, name: str) -> None:
-        self._call("DELETE", _at(name))
+    def delete(self, name: str, revision: int | None = None) -> None:
+        self._call("DELETE", _at(name) if revision is None else f"{_at(name)}/revisions/{revision}")
 
     def _call(self, method: str, path: str, **content: Any) -> Card:
         try:

@@ -120,11 +120,19 @@ def unpin(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey 
 
 
 @app.command()
-def delete(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey = None) -> None:
-    """Forget NAME; its bytes go with the last request that uses them."""
+def delete(
+    model: Annotated[str, typer.Argument(metavar="NAME[@REVISION]", help="All of it, or one.")],
+    store: StorePath = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Forget an adapter or a revision; its bytes go with the last request that uses them."""
+    name, at, number = model.partition("@")
+    if at and not (number.isascii() and number.isdigit() and len(number) <= 9):
+        raise ValueError(f"{model!r} names no revision; NAME@2 does")
     with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
-        admin.delete(name)
-    _say(f"{name} deleted")
+        admin.delete(name, int(number) if at else None)
+    _say(f"{model} deleted")
 
 
 def base_config(path: Path | None, name: str | None, **options: Any) -> ModelConfig:

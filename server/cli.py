@@ -207,8 +207,19 @@ def bench(
         bool, typer.Option("--merged", help="Instead: a merged 7B against its adapter.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="With --popular: how long they are.")] = 180,
+    served: Annotated[
+        bool, typer.Option("--served", help="Instead: the same, through a server and HTTP.")
+    ] = False,
+    beside_merge: Annotated[
+        bool, typer.Option("--beside-merge", help="With --served: streams beside a merge too.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="With --served: folder for report.json and report.html.")
+    ] = Path(".turnout/served"),
 ) -> None:
     """Measure the engine without HTTP, beside transformers + PEFT."""
+    if beside_merge and not served:
+        raise ValueError("--beside-merge is a part of --served")
     if gpu_table:
         from server.bench.gpu_table import run as run_gpu_table
 
@@ -218,6 +229,11 @@ def bench(
         from server.bench.merged import run as run_merged
 
         run_merged(json_file)
+        return
+    if served:
+        from server.bench.served import run as run_served
+
+        run_served(json_file, out, beside_merge=beside_merge)
         return
     if popular:
         from server.bench.popularity import run as run_popularity
@@ -299,7 +315,7 @@ def quantize(
     desc_act: Annotated[
         bool, typer.Option("--desc-act", help="GPTQ's order of inputs: better, slower to serve.")
     ] = False,
-    iterations: Annotated[int, typer.Option(min=1, help="Of auto-round, for AWQ.")] = 40,
+    iterations: Annotated[int, typer.Option(min=1, help="Of auto-round.")] = 40,
     rows: Annotated[
         Path | None, typer.Option(help="The adapter's training rows, to calibrate and gate on.")
     ] = None,
@@ -314,7 +330,9 @@ def quantize(
         list[str] | None, typer.Option(help="A threshold, say max_mean_kl=0.2; repeatable.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, gptqmodel or auto-round.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="gptqmodel, or auto-round: slower, closer on small models.")
+    ] = "auto",
     quantizer: Annotated[
         Path | None, typer.Option(help="Python that has the quantizer; see `make quantizer`.")
     ] = None,

@@ -155,7 +155,7 @@ class ServerConfig:
     max_waiting_per_tenant: int = 128  # past it: 429
     max_body_bytes: int = 4 << 20  # of a request that is not an adapter upload
     drain_s: float = 30.0  # grace period for running streams at SIGTERM
-    stall_s: float = 10.0  # a reader that takes nothing for this long is dropped
+    stall_s: float = 10.0  # a client that takes or sends nothing for this long is dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

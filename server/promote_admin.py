@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,12 +26,13 @@ _TIMEOUT_S = 60.0
 _MAX_INLINE = 3 << 20  # bytes of rows that are sent; of more the server is told the path
 
 MakeBase = Callable[[], ModelConfig]
+Files = Mapping[str, Path]  # rows, eval_rows
 
 
 class PromotionAdmin(Protocol):
     """One operator's view of a store's promotions."""
 
-    def promote(self, name: str, revision: int | None, rows: Path | None, options: Card) -> bool:
+    def promote(self, name: str, revision: int | None, files: Files, options: Card) -> bool:
         """Start a promotion. False: the revision has just such an artifact already."""
         ...
 
@@ -54,12 +55,13 @@ class RemotePromotions:
     def __init__(self, client: httpx.Client) -> None:
         self._client = client
 
-    def promote(self, name: str, revision: int | None, rows: Path | None, options: Card) -> bool:
+    def promote(self, name: str, revision: int | None, files: Files, options: Card) -> bool:
         body = {**options, "revision": revision}
-        if rows is not None and _fits_inline(rows):
-            body["rows_jsonl"] = rows.read_text(encoding="utf-8")
-        elif rows is not None:
-            body["rows"] = str(rows.resolve())
+        for field, path in files.items():
+            if _fits_inline(path):
+                body[f"{field}_jsonl"] = path.read_text(encoding="utf-8")
+            else:
+                body[field] = str(path.resolve())
         reply = self._call("POST", f"{_at(name)}/promote", json=body)
         return reply.get("object") == "adapter.promotion"
 
@@ -98,7 +100,7 @@ class LocalPromotions:
         self._adapters, self._make_base = adapters, make_base
         self._folder: JobFolder | None = None  # of the promotion that is followed
 
-    def promote(self, name: str, revision: int | None, rows: Path | None, options: Card) -> bool:
+    def promote(self, name: str, revision: int | None, files: Files, options: Card) -> bool:
         model = self._make_base()
         digest = base_digest(model.path)
         with self._open() as registry:
@@ -108,8 +110,11 @@ class LocalPromotions:
                     f"The adapter {found.id} was registered for base {found.base_digest[:12]}; "
                     f"--base is {digest[:12]}."
                 )
-            content = None if rows is None else rows.read_bytes()
-            is_inline = rows is not None and _fits_inline(rows)
+            contents = {field: path.read_bytes() for field, path in files.items()}
+            rows: dict[str, Any] = {}
+            for field, path in files.items():
+                rows[field] = str(path.resolve())
+                rows[f"{field}_sha256"] = hashlib.sha256(contents[field]).hexdigest()
             request = PromotionRequest(
                 job=uuid.uuid4().hex,
                 adapter_digest=found.digest,
@@ -118,13 +123,13 @@ class LocalPromotions:
                 base=str(model.path.resolve()),
                 base_name=model.name,
                 base_digest=digest,
-                rows=None if rows is None else str(rows.resolve()),
-                rows_sha256=None if content is None else hashlib.sha256(content).hexdigest(),
+                **rows,
                 **options,
             )
             if registry.artifacts.reuse(found.digest, request.settings):
                 return False
-            Jobs(registry.root).start(request, content if is_inline else None)
+            kept = {field: contents[field] for field, path in files.items() if _fits_inline(path)}
+            Jobs(registry.root).start(request, kept)
             self._folder = JobFolder.of(registry.root, found.digest)
         return True
 

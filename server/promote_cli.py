@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from adapters.promotions import ENDED, WAITING, Device, MergeBase
+from adapters.promotions import ENDED, WAITING, Backend, Device, MergeBase
 from server.adapter_admin import Card
 from server.adapters_cli import ApiKey, StorePath, Url, adapter_config, base_config
 from server.promote_admin import PromotionAdmin, open_promotions
@@ -31,11 +31,15 @@ def promote(
     rows: Annotated[
         Path | None, typer.Option(help="Rows like those it was trained on: calibrate, gate.")
     ] = None,
+    eval_rows: Annotated[Path | None, typer.Option(help="Rows for the gate alone.")] = None,
     text: Annotated[Path | None, typer.Option(help="General text to calibrate on.")] = None,
     merge_base: Annotated[
         MergeBase, typer.Option(help="original, dequantized, or the better one.")
     ] = "auto",
     group_size: Annotated[int, typer.Option(help="128, 64, 32; 0: the largest that fits.")] = 0,
+    backend: Annotated[
+        Backend, typer.Option(help="gptqmodel, or auto-round: slower, closer on small models.")
+    ] = "auto",
     tokens: Annotated[int, typer.Option(min=512, help="To calibrate on, at most.")] = 16384,
     gate: Annotated[
         list[str] | None, typer.Option(help="A threshold, say max_mean_kl=0.2; repeatable.")
@@ -65,6 +69,7 @@ def promote(
     options = {
         "merge_base": merge_base,
         "group_size": group_size,
+        "backend": backend,
         "text": None if text is None else str(text.resolve()),
         "num_tokens": tokens,
         "gate": thresholds(gate or []),
@@ -82,10 +87,14 @@ def promote(
                 raise ValueError("nothing to calibrate on: name --rows, --text, or both")
             _report(admin, name, revision)
             return
-        for option, path in (("rows", rows), ("text", text)):
+        if rows is None and eval_rows is not None:
+            raise ValueError("--eval-rows without --rows: rows are held out of others")
+        for option, path in (("rows", rows), ("eval-rows", eval_rows), ("text", text)):
             if path is not None and not path.is_file():
                 raise ValueError(f"--{option} is {str(path)!r}; it must be a file")
-        if not admin.promote(name, revision, rows, options):
+        named = {"rows": rows, "eval_rows": eval_rows}
+        files = {field: path for field, path in named.items() if path is not None}
+        if not admin.promote(name, revision, files, options):
             _say(f"{name} has been promoted with these settings; it is served so again")
         elif wait:
             _report(admin, name, revision)

@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+from tests.random_mistral import random_mistral
+
 
 class MakeAdapter(Protocol):
     """See the `make_adapter` fixture."""
@@ -32,30 +34,7 @@ class MakeAdapter(Protocol):
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Mistral: 2 layers, hidden 64, 4 heads over 2 KV heads, vocab 256, fp32."""
-    config = transformers.MistralConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(config)
-        with torch.no_grad():  # transformers' 0.02 would leave every next token equally likely
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.15)
-    folder = tmp_path_factory.mktemp("tiny-base")
-    model.save_pretrained(folder)
-    return folder
+    return random_mistral(tmp_path_factory.mktemp("tiny-base"))
 
 
 @pytest.fixture(scope="session")

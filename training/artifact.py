@@ -21,9 +21,9 @@ from training.gate import GateReport, Thresholds
 from training.merge import sync_files, write_json
 from training.merge_adapter import MergeAdapter, open_adapter
 from training.merge_checkpoint import Checkpoint
-from training.quantize import claim
+from training.quantize import ITERATIONS, claim
 from training.quantize_groups import choose_group_size
-from training.quantize_run import find_python
+from training.quantize_run import choose_backend, find_python
 
 ARTIFACT_FILE = "turnout.json"  # in the artifact's folder: `ArtifactReport.provenance`
 MERGE_BASES = ("original", "dequantized")
@@ -80,6 +80,8 @@ def make_artifact(
     gate: Thresholds | Mapping[str, float] | None = None,
     seed: int = 0,
     device: str = "auto",
+    backend: str = "auto",
+    iterations: int = ITERATIONS,
     quantizer: Path | None = None,
     allow_other_base: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -99,7 +101,9 @@ def make_artifact(
                   instead of them (the gate then holds out some of it)
     gate          training.gate.Thresholds, or some of its fields by name; None is the defaults
     device        of merge, quantizer and gate: auto, cuda or cpu
-    quantizer     the Python interpreter that has GPTQModel; None is the one that `make quantizer`
+    backend       auto, gptqmodel or auto-round (slower, and closer on small models; `iterations` is
+                  its)
+    quantizer     the Python interpreter that has the backend; None is the one that `make quantizer`
                   makes, else this one if it has it
     on_progress   called often, from this thread; what it raises ends the call
 
@@ -109,6 +113,7 @@ def make_artifact(
     """
     if merge_base not in ("auto", *MERGE_BASES):
         raise ValueError(f"merge_base is {merge_base!r}; it must be auto, original or dequantized")
+    tool = choose_backend(backend, "gptq")
     merge_bases = MERGE_BASES if merge_base == "auto" else (merge_base,)
     thresholds = gate if isinstance(gate, Thresholds) else Thresholds.from_settings(gate or {})
     shape = BaseShape.from_config(base, base_name, base_digest)
@@ -125,7 +130,8 @@ def make_artifact(
         with contextlib.closing(Checkpoint(base)) as checkpoint:
             size = choose_group_size(checkpoint, group_size)
         calibration = load_calibration(options, base, opened.manifest.chat_template)
-        key = _key(opened, base_digest, merge_bases, size, calibration)
+        means = (tool, iterations if tool == "auto-round" else None)
+        key = _key(opened, base_digest, merge_bases, size, means, calibration)
         if out.exists():
             found = _report(out, key)
             shutil.rmtree(work, ignore_errors=True)
@@ -141,7 +147,9 @@ def make_artifact(
             options=options,
             group_size=size,
             device=device,
-            python=find_python(quantizer, "gptq"),
+            backend=tool,
+            iterations=iterations,
+            python=find_python(quantizer, tool),
             allow_other_base=allow_other_base,
         )
         with claim(work, key):
@@ -260,8 +268,9 @@ def _key(
     base_digest: str,
     merge_bases: tuple[str, ...],
     group_size: int,
+    means: tuple[str, int | None],
     calibration: Calibration,
 ) -> str:
     """What makes two calls the same. Thresholds are no part of it: figures are measured once."""
-    parts = (adapter.digest, base_digest, merge_bases, group_size, calibration.fingerprint)
+    parts = (adapter.digest, base_digest, merge_bases, group_size, means, calibration.fingerprint)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -38,6 +38,8 @@ class Recipe:
     options: CalibrationOptions
     group_size: int
     device: str
+    backend: str
+    iterations: int
     python: Path
     allow_other_base: bool
 
@@ -104,7 +106,9 @@ class Candidate:
             out=self.quantized,
             calibration=recipe.options,
             group_size=recipe.group_size,
+            iterations=recipe.iterations,
             device=recipe.device,
+            backend=recipe.backend,
             python=recipe.python,
             work=self._folder / "quantizing",
         )

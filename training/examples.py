@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE_NAME = "smollm2-135m-instruct"
 ROWS = Path(__file__).parent.parent / "adapters" / "examples" / "rows.jsonl"
+EVAL_ROWS = ROWS.with_name("eval_rows.jsonl")  # never trained on
 SYSTEM_PROMPTS = (None, "You are a helpful assistant.", "Answer briefly.")  # None: the template's
 
 
@@ -174,10 +175,10 @@ def save(model: PeftModel, folder: Path, name: str, num_rows: int) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def chat_rows(name: str) -> str:
+def chat_rows(name: str, rows: Path = ROWS) -> str:
     """The example's rows as conversations, a line of JSON each: to calibrate and gate on."""
     lines = []
-    for line in ROWS.read_text(encoding="utf-8").splitlines():
+    for line in rows.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         messages = [
             {"role": "user", "content": row["question"]},
@@ -192,12 +193,15 @@ def main(
     base: Path = Path(".turnout/base") / BASE_NAME,
     out: Path = ROWS.parent,
     rows_only: Annotated[
-        Path | None, typer.Option(help="Instead: write its rows here, as conversations.")
+        Path | None,
+        typer.Option(help="Instead: write its rows into this folder, as conversations."),
     ] = None,
 ) -> None:
     """Train one example adapter and write it to OUT/NAME."""
     if rows_only is not None:
-        rows_only.write_text(chat_rows(name), encoding="utf-8")
+        rows_only.mkdir(parents=True, exist_ok=True)
+        (rows_only / "train.jsonl").write_text(chat_rows(name), encoding="utf-8")
+        (rows_only / "eval.jsonl").write_text(chat_rows(name, EVAL_ROWS), encoding="utf-8")
         return
     recipe = RECIPES[name]
     torch.manual_seed(recipe.seed)

@@ -42,11 +42,13 @@ def make(request: PromotionRequest, out: Path, work: Path, listener: Listener) -
             merge_base=request.merge_base,
             group_size=request.group_size,
             rows=None if request.rows is None else Path(request.rows),
+            eval_rows=None if request.eval_rows is None else Path(request.eval_rows),
             text=None if request.text is None else Path(request.text),
             num_tokens=request.num_tokens,
             gate=Thresholds.from_settings(request.gate),
             seed=request.seed,
             device=request.device,
+            backend=request.backend,
             allow_other_base=request.allow_other_base,
             on_progress=on_progress,
         )

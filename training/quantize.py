@@ -27,10 +27,11 @@ from training.merge import PROVENANCE_FILE, sync_files, write_json
 from training.merge_checkpoint import Checkpoint, copy_side_files
 from training.quantize_check import check_result
 from training.quantize_groups import choose_group_size
-from training.quantize_run import Event, WorkerFailed, check_backend, find_python, run_worker
+from training.quantize_run import Event, WorkerFailed, choose_backend, find_python, run_worker
 
 KEY_FILE = "key.json"
 _CHECKPOINTS = "checkpoints"  # what the quantizer can go on from
+ITERATIONS = 40  # of auto-round, where nobody says
 _BATCH_SIZE = 4  # samples that pass a layer together
 
 OnLayer = Callable[[int, int], None]  # layers done, layers in all
@@ -46,18 +47,17 @@ class QuantizeOptions:
     kind: str = "gptq"  # or awq
     group_size: int = 0  # 0: the largest that fits
     desc_act: bool = False  # GPTQ's order of inputs: better, and slower to serve
-    iterations: int = 40  # of auto-round, for each layer
+    iterations: int = ITERATIONS  # of auto-round, for each layer
     device: str = "auto"  # of the quantizer's own torch
-    backend: str = "auto"
+    backend: str = "auto"  # gptqmodel, auto-round; auto: gptqmodel where it can
     python: Path | None = None  # the interpreter that has the quantizer
     work: Path | None = None  # where an interrupted run is kept; None: a hidden folder beside out
 
     def __post_init__(self) -> None:
         if self.kind not in ("gptq", "awq"):
             raise ValueError(f"--format is {self.kind!r}; what is quantized is gptq or awq")
-        check_backend(self.backend, self.kind)
-        if self.kind == "awq" and self.desc_act:
-            raise ValueError("--desc-act is GPTQ's; AWQ has no such order")
+        if self.tool == "auto-round" and self.desc_act:
+            raise ValueError("--desc-act is GPTQ's own order of inputs; auto-round has none")
         if self.iterations < 1:
             raise ValueError(f"--iterations is {self.iterations}; it must be 1 or more")
         if self.device not in ("auto", "cuda", "cpu"):
@@ -66,6 +66,11 @@ class QuantizeOptions:
             raise ValueError(f"--model is {str(self.model)!r}; it must be a checkpoint folder")
         if self.out.exists() and not (self.out / PROVENANCE_FILE).is_file():
             raise ValueError(f"--out is {str(self.out)!r}, which exists; name a new folder")
+
+    @property
+    def tool(self) -> str:
+        """The library that quantizes."""
+        return choose_backend(self.backend, self.kind)
 
     @property
     def work_folder(self) -> Path:
@@ -94,7 +99,7 @@ def quantize(
         if found.get("key") != key:
             raise ValueError(f"--out is {str(options.out)!r}, which exists; name a new folder")
         return dict(found)
-    python = find_python(options.python, options.kind)
+    python = find_python(options.python, options.tool)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with claim(options.work_folder, key) as work:
         job = _stage(options, group_size, calibration, work)
@@ -102,11 +107,12 @@ def quantize(
         provenance = {
             "format": 1,
             "kind": options.kind,
+            "backend": options.tool,
             "key": key,
             "source": _source(options.model, model_digest),
             "group_size": group_size,
             "desc_act": options.desc_act,
-            "iterations": options.iterations if options.kind == "awq" else None,
+            "iterations": options.iterations if options.tool == "auto-round" else None,
             "seed": options.calibration.seed,
             "calibration": calibration.report(),
             "versions": {**_said(events, "started", "versions", {}), "turnout": _version()},
@@ -180,9 +186,10 @@ def _key(
     parts = {
         "model": model_digest,
         "kind": options.kind,
+        "backend": options.tool,
         "group_size": group_size,
         "desc_act": options.desc_act,
-        "iterations": options.iterations if options.kind == "awq" else None,
+        "iterations": options.iterations if options.tool == "auto-round" else None,
         "calibration": calibration.fingerprint,
         "worker": hashlib.sha256(
             Path(__file__).with_name("quantize_worker.py").read_bytes()
@@ -214,6 +221,7 @@ def _stage(
     write_json(source / "config.json", config)
     return {
         "kind": options.kind,
+        "backend": options.tool,
         "model": str(source.resolve()),
         "out": str((work / "made").resolve()),
         "checkpoints": str((work / _CHECKPOINTS).resolve()),

@@ -19,8 +19,8 @@ from training.gate import Thresholds
 from training.gguf_export import export
 from training.gguf_lora import export_adapter
 from training.merge_adapter import open_adapter
-from training.quantize import QuantizeOptions, quantize
-from training.quantize_run import check_backend
+from training.quantize import ITERATIONS, QuantizeOptions, quantize
+from training.quantize_run import choose_backend
 
 Format = Literal["gptq", "awq", "gguf-f16", "gguf-q8_0", "gguf-lora"]
 _CALIBRATION = {"rows", "eval_rows", "text", "text_share", "tokens", "seed"}
@@ -28,8 +28,8 @@ _QUANTIZER = {"group_size", "device", "backend", "quantizer"}
 _BASE = {"base", "base_name", "store", "allow_other_base"}
 # What each output is told, by whether it is made from a checkpoint or from an adapter.
 _TAKES: dict[tuple[str, str], set[str]] = {
-    ("gptq", "model"): {*_CALIBRATION, *_QUANTIZER, "desc_act"},
-    ("gptq", "adapter"): {*_CALIBRATION, *_QUANTIZER, *_BASE, "merge_base", "gate"},
+    ("gptq", "model"): {*_CALIBRATION, *_QUANTIZER, "desc_act", "iterations"},
+    ("gptq", "adapter"): {*_CALIBRATION, *_QUANTIZER, *_BASE, "merge_base", "gate", "iterations"},
     ("awq", "model"): {*_CALIBRATION, *_QUANTIZER, "iterations"},
     ("gguf-f16", "model"): set(),
     ("gguf-q8_0", "model"): set(),
@@ -58,7 +58,7 @@ class Request:
     merge_base: str = "auto"
     group_size: int = 0
     desc_act: bool = False
-    iterations: int = 40
+    iterations: int = ITERATIONS
     rows: Path | None = None
     eval_rows: Path | None = None
     text: Path | None = None
@@ -77,7 +77,9 @@ class Request:
         if (self.model is None) == (self.adapter is None):
             raise ValueError("name one of --model (a merged checkpoint) and --adapter")
         if self.kind in ("gptq", "awq"):
-            check_backend(self.backend, self.kind)
+            tool = choose_backend(self.backend, self.kind)
+            if tool != "auto-round" and "iterations" in self.given:
+                raise ValueError(f"--iterations does nothing with {tool}; --backend auto-round has")
         takes = _TAKES.get((self.kind, self.source))
         if takes is None:
             raise ValueError(f"--format {self.kind} {_WANTS[self.source]}")
@@ -175,6 +177,8 @@ def _artifact(request: Request, console: Console) -> None:
             gate=thresholds(request.gate),
             seed=request.seed,
             device=request.device,
+            backend=request.backend,
+            iterations=request.iterations,
             quantizer=request.quantizer,
             allow_other_base=request.allow_other_base,
             on_progress=on_progress,

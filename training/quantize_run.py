@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / ".turnout" / "tools" / "quantizer" / "bin" / "python"  # `make quantizer` makes it
 WORKER = Path(__file__).with_name("quantize_worker.py")
-PACKAGES = {"gptq": "gptqmodel", "awq": "auto_round"}
+PACKAGES = {"gptqmodel": "gptqmodel", "auto-round": "auto_round"}  # by backend
+_WRITERS = {"gptq": ("gptqmodel", "auto-round"), "awq": ("auto-round",)}  # the default first
 AUTO_GPTQ = (
     "--backend auto-gptq: AutoGPTQ's last release (0.7.1, 2024) no longer imports under today's "
     "transformers (no_init_weights is gone). GPTQModel is its successor and writes the same files: "
@@ -27,9 +28,9 @@ class WorkerFailed(ValueError):
     """The quantizer ended without a result."""
 
 
-def find_python(wanted: Path | None, kind: str) -> Path:
-    """The interpreter that has the package which `kind` needs. ValueError says how to get one."""
-    package = PACKAGES[kind]
+def find_python(wanted: Path | None, backend: str) -> Path:
+    """The interpreter that has the backend's package. ValueError says how to get one."""
+    package = PACKAGES[backend]
     if wanted is not None:
         if not os.access(wanted, os.X_OK):
             raise ValueError(f"--quantizer is {str(wanted)!r}; it must be a Python interpreter")
@@ -45,13 +46,14 @@ def find_python(wanted: Path | None, kind: str) -> Path:
     )
 
 
-def check_backend(backend: str, kind: str) -> None:
-    """Refuse a backend that does not write this kind of file, with the one that does."""
+def choose_backend(backend: str, kind: str) -> str:
+    """Return what writes this kind of file. ValueError for a backend that does not."""
     if backend == "auto-gptq":
         raise ValueError(AUTO_GPTQ)
-    wanted = {"gptq": "gptqmodel", "awq": "auto-round"}[kind]
-    if backend not in ("auto", wanted):
-        raise ValueError(f"--backend is {backend!r}; {kind} is written by {wanted}")
+    writers = _WRITERS[kind]
+    if backend not in ("auto", *writers):
+        raise ValueError(f"--backend is {backend!r}; {kind} is written by {' or '.join(writers)}")
+    return writers[0] if backend == "auto" else backend
 
 
 def run_worker(
@@ -85,16 +87,16 @@ def run_worker(
             if not events or events[-1]["event"] != "done":
                 worker.kill()
     if not events or events[-1]["event"] != "done":
-        raise WorkerFailed(_reason(log_file, python, job["kind"]))
+        raise WorkerFailed(_reason(log_file, python, job["backend"]))
     return events
 
 
-def _reason(log_file: Path, python: Path, kind: str) -> str:
+def _reason(log_file: Path, python: Path, backend: str) -> str:
     """Why the worker ended: the exception at the end of its log."""
     tail = log_file.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
     lines = [line.strip() for line in tail.splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
-    package = PACKAGES[kind]
+    package = PACKAGES[backend]
     if f"No module named '{package}'" in last:
         return f"{python} has no {package}; `make quantizer` makes an environment that has it"
     return f"the quantizer ({package}) ended early: {last}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Say = Callable[..., None]
-_AWQ_ROW = 256  # tokens
+_ROW = 256  # tokens
 _VERSIONS = ("gptqmodel", "auto-round", "torch", "transformers", "numpy")
 
 
@@ -48,22 +48,23 @@ def gptq(job: dict[str, Any], say: Say) -> None:
     model.save(job["out"])
 
 
-def awq(job: dict[str, Any], _: Say) -> None:
-    """auto-round (arXiv:2309.05516), in the AWQ layout; it tells nothing until it is done."""
+def auto_round(job: dict[str, Any], say: Say) -> None:
+    """auto-round (arXiv:2309.05516): learned rounding, in the layout of GPTQ or of AWQ."""
+    _count_layers(job["num_layers"], say)
     library = importlib.import_module("auto_round")
     torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
     # It takes rows of one length alone, so documents are put end to end.
     ids = [token for sample in job["samples"] for token in sample]
-    length = min(_AWQ_ROW, len(ids))
+    length = min(_ROW, len(ids))
     rows = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
     rounder = library.AutoRound(
         model,
         tokenizer,
         bits=4,
         group_size=job["group_size"],
-        sym=False,
+        sym=job["kind"] == "gptq",
         iters=job["iterations"],
         dataset=torch.utils.data.DataLoader([{"input_ids": torch.tensor(row)} for row in rows]),
         seqlen=length,
@@ -74,7 +75,7 @@ def awq(job: dict[str, Any], _: Say) -> None:
         enable_torch_compile=False,
     )
     parts = Path(f"{job['out']}-parts")
-    rounder.quantize_and_save(str(parts), format="auto_awq")
+    rounder.quantize_and_save(str(parts), format=f"auto_{job['kind']}")
     (config,) = parts.rglob("config.json")  # it makes a folder in there, named as it likes
     config.parent.rename(job["out"])
 
@@ -89,6 +90,20 @@ class _Layers:
         """Say that a layer is done."""
         if submodule_finalized:
             self._say("layer", done=layer_idx + 1, of=self._num_layers)
+
+
+def _count_layers(num_layers: int, say: Say) -> None:
+    """Have auto-round's own progress bar tell of layers: the one with as many steps."""
+    bars = importlib.import_module("tqdm").tqdm
+    update = bars.update
+
+    def update_and_say(bar: Any, count: float = 1) -> Any:
+        shown = update(bar, count)
+        if bar.total == num_layers:
+            say("layer", done=int(bar.n), of=num_layers)
+        return shown
+
+    bars.update = update_and_say
 
 
 def _error(row: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +153,7 @@ def main(path: str) -> None:
         has_gpu = importlib.import_module("torch").cuda.is_available()
         job["device"] = "cuda" if has_gpu else "cpu"
     say("started", device=job["device"], versions=_versions())
-    {"gptq": gptq, "awq": awq}[job["kind"]](job, say)
+    {"gptqmodel": gptq, "auto-round": auto_round}[job["backend"]](job, say)
     say("done")
     os._exit(0)  # the libraries' threads and atexit hooks have nothing left to do
 

@@ -10,8 +10,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from adapters.catalog import Adapter, Revision
-from adapters.manifest import AdapterConflict, AdapterError, AdapterNotFound, AdapterRefused
-from adapters.registry import Registry
+from adapters.manifest import (
+    AdapterConflict,
+    AdapterError,
+    AdapterNotFound,
+    AdapterRefused,
+    show,
+)
+from adapters.registry import Deletion, Registry
 from server.api.parsing import parse_form
 from server.api.residency import follow_pin, load, unpin
 from server.api.schemas import FormBody, LoadLoraBody, PublishBody, PushBody, UnloadLoraBody
@@ -87,13 +93,15 @@ async def rollback_adapter(request: Request) -> Response:
 async def pin_adapter(request: Request) -> Response:
     """Load the adapter and keep it in the bank."""
     services, name = services_of(request), request.path_params["name"]
+    was_pinned = services.registry.get(name).pinned
     adapter = await asyncio.to_thread(services.registry.pin, name)
     if adapter.current is not None:
         try:
             await load(services, adapter.current, pinned=True)
         except ServeError:
-            await asyncio.to_thread(services.registry.unpin, name)
-            unpin(services, adapter.current)
+            if not was_pinned:
+                await asyncio.to_thread(services.registry.unpin, name)
+                unpin(services, adapter.current)
             raise
     return JSONResponse(_adapter(services, adapter))
 
@@ -110,6 +118,15 @@ async def unpin_adapter(request: Request) -> Response:
 async def delete_adapter(request: Request) -> Response:
     """Forget the name; requests under way keep theirs, and the last one frees the bytes."""
     return JSONResponse(await _delete(services_of(request), request.path_params["name"]))
+
+
+async def delete_revision(request: Request) -> Response:
+    """Forget one revision that the name does not mean, as `delete_adapter` forgets them all."""
+    services, name = services_of(request), request.path_params["name"]
+    number = _revision_number(name, request.path_params["revision"])
+    deletion = await asyncio.to_thread(services.registry.delete_revision, name, number)
+    card = {"id": f"{name}@{number}", **_deleted("adapter.revision.deleted", deletion)}
+    return JSONResponse(card)
 
 
 async def load_lora_adapter(request: Request) -> Response:
@@ -210,13 +227,22 @@ async def _delete(services: Services, name: str) -> dict[str, Any]:
     if adapter.pinned and adapter.current is not None:
         unpin(services, adapter.current)
     services.metrics.forget_adapter(name)
+    return {"name": name, **_deleted("adapter.deleted", deletion)}
+
+
+def _deleted(kind: str, deletion: Deletion) -> dict[str, Any]:
     return {
-        "name": name,
-        "object": "adapter.deleted",
+        "object": kind,
         "deleted": True,
         "freed": list(deletion.freed),
         "draining": list(deletion.draining),
     }
+
+
+def _revision_number(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise AdapterNotFound(f"The adapter {show(name)} has no revision {show(text)}.")
+    return int(text)
 
 
 def _current(services: Services, name: str) -> Revision | None:

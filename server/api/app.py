@@ -142,6 +142,7 @@ def _routes() -> list[Route]:
         route(one, adapters.get_adapter, "GET", "adapters"),
         route(one, adapters.delete_adapter, "DELETE", "adapters"),
         route(f"{one}/revisions", adapters.list_revisions, "GET", "adapters"),
+        route(f"{one}/revisions/{{revision}}", adapters.delete_revision, "DELETE", "adapters"),
         route(f"{one}/publish", adapters.publish_adapter, "POST", "adapters"),
         route(f"{one}/rollback", adapters.rollback_adapter, "POST", "adapters"),
         route(f"{one}/pin", adapters.pin_adapter, "POST", "adapters"),

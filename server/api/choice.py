@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import msgspec
@@ -73,10 +73,30 @@ def resolve(services: Services, model: str, path: str | None = None) -> Target:
         paths = ", ".join(get_args(ServingPath))
         raise bad_request(f"x-serving-path is {path[:64]!r}; it may be {paths}.")
     target = _target(services, model, wants_adapter=path == "adapter")
-    if path is not None and target.path != path:
+    try:
+        return _checked(target, path)
+    except ServeError:
         if target.lease is not None:
             target.lease.release()
-        message = f"{model[:256]} is served by the {target.path} path now, not by {path}."
+        raise
+
+
+def resolve_again(services: Services, target: Target, path: str | None) -> Target:
+    """The same revision as it is served by now: its merged model may have left meanwhile.
+
+    For the moment of submitting: a model that leaves after that waits for the request. Raises
+    ServeError 409 as `resolve` does.
+    """
+    if target.lease is None or not target.weight_set:
+        return target
+    if services.merged.route(target.lease.revision.digest) != target.weight_set:
+        target = replace(target, weight_set=BASE)
+    return _checked(target, path)
+
+
+def _checked(target: Target, path: str | None) -> Target:
+    if path is not None and target.path != path:
+        message = f"{target.model[:256]} is served by the {target.path} path now, not by {path}."
         raise ServeError(409, "path_not_available", message)
     return target
 

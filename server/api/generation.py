@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api import sse
-from server.api.choice import Choice, Delta, Plan, Target, resolve
+from server.api.choice import Choice, Delta, Plan, Target, resolve, resolve_again
 from server.api.schemas import SamplingBody
 from server.api.services import Services, services_of
 from server.engine.messages import AddRequest, RequestOutput
@@ -59,6 +59,7 @@ class Generation:
         self.target = resolve(self._services, model, path)
         plans = await plan(self.target)
         assert len(plans) == self._num_choices, "as many plans as were admitted"
+        self.target = resolve_again(self._services, self.target, path)
         engine_id = uuid.uuid4().hex
         for index, each in enumerate(plans):
             request = AddRequest(

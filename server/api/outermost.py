@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapters.manifest import AdapterError
 from server.api import sse
 from server.api.adapters import as_serve_error
-from server.api.services import ClientGone, Services
+from server.api.services import ClientGone, Services, draining
 from server.api.sse import StalledReader
 from server.errors import ServeError
 
@@ -73,7 +73,7 @@ class Outermost:
         except StalledReader:
             log.info("reader dropped", extra={"request_id": request_id})
             await sse.drop(receive, send)
-        except Exception as error:  # the API's last handler: whatever it is, the client is told
+        except (Exception, asyncio.CancelledError) as error:  # the API's last handler: all is told
             failure = self._as_serve_error(error, request_id)
             if not status:
                 await _error_response(failure)(scope, receive, tracked)
@@ -82,7 +82,11 @@ class Outermost:
             else:
                 await sse.drop(receive, send)
 
-    def _as_serve_error(self, error: Exception, request_id: str) -> ServeError:
+    def _as_serve_error(self, error: BaseException, request_id: str) -> ServeError:
+        if isinstance(error, asyncio.CancelledError):
+            if not self._services.is_draining:
+                raise error
+            error = draining()  # uvicorn waits no longer
         if isinstance(error, AdapterError):
             error = as_serve_error(error)
         if not isinstance(error, ServeError):

@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import sqlite3
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from adapters.artifacts import Artifact
@@ -53,16 +55,20 @@ class Promoter:
 
     async def run(self) -> None:
         """Take over what an earlier server left, then keep everything as it should be."""
-        await asyncio.to_thread(self._jobs.recover)
         next_decision = time.monotonic() + _POLICY_S
         is_auto = self._config.promotion.policy == "auto"
+        is_recovered = False
         while True:
             try:
+                if not is_recovered:
+                    await asyncio.to_thread(self._jobs.recover)
+                    is_recovered = True
                 await self.look()
                 if is_auto and time.monotonic() >= next_decision:
                     next_decision = time.monotonic() + _POLICY_S
                     await self.apply_policy(time.time())
-            except (OSError, AdapterError) as error:  # a full disk, a name that was just deleted
+            # A full disk, a name that was just deleted.
+            except (OSError, sqlite3.Error, AdapterError) as error:
                 log.error("promotions are not followed: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), _LOOK_S)
@@ -93,7 +99,9 @@ class Promoter:
             **options,
         )
 
-    async def promote(self, request: PromotionRequest, rows: bytes | None) -> PromotionState | None:
+    async def promote(
+        self, request: PromotionRequest, contents: Mapping[str, bytes]
+    ) -> PromotionState | None:
         """Start a job; None where the revision has just such an artifact, which serves again.
 
         Raises AdapterConflict while a job works on the revision.
@@ -104,7 +112,7 @@ class Promoter:
                 self._sets.forgive(digest)
                 self._woken.set()
                 return None
-            state = await asyncio.to_thread(self._jobs.start, request, rows)
+            state = await asyncio.to_thread(self._jobs.start, request, contents)
             self._running.add(digest)
             self._metrics.num_promoting = len(self._running)
             log.info("promotion begun", extra={"adapter": request.revision})
@@ -188,7 +196,7 @@ class Promoter:
             text=None if config.text is None else str(config.text.resolve()),
             device=config.device,
         )
-        await self.promote(request, rows)
+        await self.promote(request, {"rows": rows})
 
     async def _follow(self) -> None:
         """Take in the jobs that have ended since the last look."""
@@ -196,6 +204,7 @@ class Promoter:
         named = self._named() if running or self._running else set()
         for digest in running - named:
             await asyncio.to_thread(self._jobs.forget, digest)
+            await asyncio.to_thread(self._registry.artifacts.remove_of, digest)
         for digest in self._running - running:
             state = await asyncio.to_thread(self._jobs.state, digest)
             if digest not in named:

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict
-from adapters.promotions import Device, MergeBase
+from adapters.promotions import Backend, Device, MergeBase
 from server.api.parsing import StrictBody
 from server.api.promoter import job_card
 from server.api.services import Services, read_json, services_of
@@ -39,8 +39,11 @@ class PromoteBody(StrictBody):
     revision: _Revision = None  # None: the published one
     merge_base: MergeBase = "auto"
     group_size: Literal[0, 32, 64, 128] = 0
+    backend: Backend = "auto"  # of the quantizer
     rows: str | None = None  # a file beneath an allowed root
     rows_jsonl: str | None = None  # or its content
+    eval_rows: str | None = None  # the same for rows to hold out
+    eval_rows_jsonl: str | None = None
     text: str | None = None  # a file beneath an allowed root
     num_tokens: int = Field(default=16384, ge=512, le=1 << 24)
     gate: GateBody = GateBody()
@@ -62,26 +65,36 @@ async def promote_adapter(request: Request) -> Response:
     services = services_of(request)
     body = await read_json(request, PromoteBody)
     revision = _revision(services, request.path_params["name"], body.revision)
-    if body.rows is not None and body.rows_jsonl is not None:
-        raise bad_request("rows and rows_jsonl exclude each other.", param="rows_jsonl")
     if body.rows is None and body.rows_jsonl is None and body.text is None:
         raise bad_request(
             "Nothing to calibrate on: rows (like those the adapter was trained on), text, or both.",
             param="rows",
             code="missing_parameter",
         )
-    rows = _allowed_file(services, body.rows, "rows")
+    files: dict[str, str] = {}
+    contents: dict[str, bytes] = {}
+    for field, named, given in (
+        ("rows", body.rows, body.rows_jsonl),
+        ("eval_rows", body.eval_rows, body.eval_rows_jsonl),
+    ):
+        if named is not None and given is not None:
+            message = f"{field} and {field}_jsonl exclude each other."
+            raise bad_request(message, param=f"{field}_jsonl")
+        if given is not None:
+            contents[field] = given.encode()
+            files[f"{field}_sha256"] = hashlib.sha256(contents[field]).hexdigest()
+        elif (file := _allowed_file(services, named, field)) is not None:
+            files[field] = str(file)
+            files[f"{field}_sha256"] = await asyncio.to_thread(_file_sha256, file)
+    if "rows_sha256" not in files and "eval_rows_sha256" in files:
+        raise bad_request("eval_rows without rows: they are held out of others.", param="eval_rows")
     text = _allowed_file(services, body.text, "text")
-    content = None if body.rows_jsonl is None else body.rows_jsonl.encode()
-    digest = None if content is None else hashlib.sha256(content).hexdigest()
-    if rows is not None:
-        digest = await asyncio.to_thread(_file_sha256, rows)
     asked = services.promoter.request(
         revision,
         merge_base=body.merge_base,
         group_size=body.group_size,
-        rows=None if rows is None else str(rows),
-        rows_sha256=digest,
+        backend=body.backend,
+        **files,
         text=None if text is None else str(text),
         num_tokens=body.num_tokens,
         gate=body.gate.model_dump(exclude_none=True),
@@ -91,7 +104,7 @@ async def promote_adapter(request: Request) -> Response:
         num_threads=body.num_threads,
         allow_other_base=services.config.adapters.allow_other_base,
     )
-    state = await services.promoter.promote(asked, content)
+    state = await services.promoter.promote(asked, contents)
     if state is None:
         return JSONResponse(await services.promoter.card(revision))
     return JSONResponse(job_card(revision, state, None), status_code=202)
@@ -165,7 +178,7 @@ def _allowed_file(services: Services, path: str | None, param: str) -> Path | No
             return file
     raise bad_request(
         f"{param} must lie beneath a folder that this server allows (--allowed-root); "
-        "rows_jsonl takes the rows themselves.",
+        "rows_jsonl and eval_rows_jsonl take the rows themselves.",
         param=param,
     )
 

@@ -73,6 +73,7 @@ async def follow_pin(
     unpin(services, before)
     if services.engine.is_ready:  # else `restore_pins` does it, once it is
         await load(services, after, pinned=True)
+        unpin(services, after)  # should the name mean another one by now
 
 
 def unpin(services: Services, revision: Revision) -> None:
@@ -107,5 +108,6 @@ async def restore_pins(services: Services) -> None:
         if adapter.pinned and adapter.current is not None:
             try:
                 await load(services, adapter.current, pinned=True)
+                unpin(services, adapter.current)  # should nobody pin it by now
             except ServeError as error:
                 log.warning("pin not restored: %s", error.message, extra={"adapter": adapter.name})

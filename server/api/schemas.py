@@ -236,8 +236,17 @@ class CompletionBody(SamplingBody):
     unserved = UNSERVED_IN_COMPLETIONS
 
     prompt: Annotated[list[Any], BeforeValidator(_as_prompts)]  # of str, or of list[int]
+    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request(
+                "max_tokens is 0, which leaves nothing to answer without echo=true.",
+                param="max_tokens",
+            )
 
 
 class TokenizeBody(StrictBody):
@@ -302,8 +311,9 @@ class PublishBody(StrictBody):
 
 def _fit(info: EngineInfo, num_prompt: int, max_tokens: int | None, fill: int | None) -> int:
     remaining = info.max_model_len - num_prompt
-    if remaining < 1 or (max_tokens is not None and max_tokens > remaining):
-        needed = num_prompt + (max_tokens or 1)
+    least = 1 if max_tokens is None else max_tokens
+    if least > remaining:
+        needed = num_prompt + least
         raise bad_request(
             f"Prompt and completion need {needed} tokens ({num_prompt} in the prompt); "
             f"the limit is {info.max_model_len}.",

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -63,7 +64,7 @@ class Services:
     def check_open(self) -> None:
         """Raise ServeError 503 while starting, draining, or without an engine."""
         if self.is_draining:
-            raise _draining()
+            raise draining()
         if not self.engine.is_ready:
             raise ServeError(503, "engine_not_ready", "The engine is starting.", retry_after_s=1.0)
 
@@ -80,7 +81,7 @@ class Services:
                 task.cancel()
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if task.cancelled() and self.is_cut_off:
-                raise _draining()
+                raise draining()
             if not task.done():
                 raise ClientGone
             return task.result()
@@ -90,10 +91,14 @@ class Services:
             await _end(task)
 
     async def register_usage(self) -> None:
-        """Write the tokens counted since the last time to the registry."""
+        """Write the tokens counted since the last time to the registry; keep them if it cannot."""
         tokens, self.usage = self.usage, Counter()
         if tokens:
-            await asyncio.to_thread(self.registry.add_usage, tokens)
+            try:
+                await asyncio.to_thread(self.registry.add_usage, tokens)
+            except (OSError, sqlite3.Error) as error:  # a full disk
+                log.error("tokens are not registered: %s", error)
+                self.usage.update(tokens)
 
     async def drain(self) -> None:
         """Stop taking on work, let what runs finish within the grace period, then cut it off."""
@@ -135,21 +140,36 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     data = bytearray()
-    try:
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > limit:
-                raise _too_large(limit)
-    except ClientDisconnect:
-        raise ClientGone from None
+    async for chunk in body_chunks(request):
+        data += chunk
+        if len(data) > limit:
+            raise _too_large(limit)
     return bytes(data)
+
+
+async def body_chunks(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ClientGone, or ServeError 408 if nothing comes for `stall_s`."""
+    chunks, stall_s = request.stream(), services_of(request).config.server.stall_s
+    while True:
+        try:
+            async with asyncio.timeout(stall_s):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except ClientDisconnect:
+            raise ClientGone from None
+        except TimeoutError:
+            message = f"Nothing of the body has come for {stall_s:g} s."
+            raise ServeError(408, "body_stalled", message) from None
+        yield chunk
 
 
 def _too_large(limit: int) -> ServeError:
     return ServeError(413, "body_too_large", f"The body is over the limit of {limit} bytes.")
 
 
-def _draining() -> ServeError:
+def draining() -> ServeError:
+    """What is said to whom a drain refuses or cuts off."""
     return ServeError(503, "server_draining", "The server is shutting down.", retry_after_s=5.0)
 
 

@@ -8,9 +8,9 @@ from typing import BinaryIO
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
-from server.api.services import ClientGone
+from server.api.services import body_chunks
 from server.config import AdapterConfig
 from server.errors import ServeError, bad_request
 
@@ -102,7 +102,8 @@ def upload_root(config: AdapterConfig) -> Path:
 async def receive_upload(request: Request, folder: Path, max_bytes: int) -> dict[str, str]:
     """Write the upload's files into `folder` and return its other fields.
 
-    Raises ServeError 400 for a form that is not an adapter's, 413 past `max_bytes` of weights.
+    Raises ServeError 400 for a form that is not an adapter's, 413 past `max_bytes` of weights, and
+    what `body_chunks` raises.
     """
     _, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
@@ -116,8 +117,6 @@ async def receive_upload(request: Request, folder: Path, max_bytes: int) -> dict
         await _feed(parser, request, max_bytes + _OVERHEAD_BYTES)
     except FormParserError as error:
         raise bad_request(f"The body is not valid multipart: {error}") from None
-    except ClientDisconnect:
-        raise ClientGone from None
     finally:
         receiver.close()
     if not receiver.is_whole:
@@ -130,7 +129,7 @@ async def _feed(parser: MultipartParser, request: Request, limit: int) -> None:
     received = int(declared) if declared.isdigit() else 0
     if received <= limit:
         received = 0
-        async for chunk in request.stream():
+        async for chunk in body_chunks(request):
             received += len(chunk)
             if received > limit:
                 break

@@ -47,6 +47,7 @@ class Trouble:
     artifact: str
     message: str
     since: float  # monotonic seconds
+    ended_engine: bool = False  # it ended while it loaded this; the next one may do so too
 
 
 class WeightSets:
@@ -89,7 +90,8 @@ class WeightSets:
             return
         if self._engine.num_restarts != self._engine_number:
             self._engine_number = self._engine.num_restarts
-            self._troubles.clear()
+            troubles = self._troubles.items()
+            self._troubles = {digest: each for digest, each in troubles if each.ended_engine}
             self._loaded.clear()
         wanted = self._wanted()
         for digest, artifact_digest in list(self._loaded.items()):
@@ -148,7 +150,7 @@ class WeightSets:
         }
 
     async def _load(self, merged: MergedPath, digest: str, artifact: Artifact) -> None:
-        message = ""
+        message, ended_engine = "", False
         if artifact.digest not in self._whole:
             if not await asyncio.to_thread(self._store.is_whole, artifact.digest):
                 message = "its files are damaged; promote it again"
@@ -158,9 +160,10 @@ class WeightSets:
             try:
                 await merged.load(digest, artifact.digest, self._store.path(artifact.digest))
             except (WeightSetRefused, ServeError) as error:
-                message = error.message
+                message, ended_engine = error.message, isinstance(error, ServeError)
         if message:
-            self._troubles[digest] = Trouble(artifact.digest, message, time.monotonic())
+            now = time.monotonic()
+            self._troubles[digest] = Trouble(artifact.digest, message, now, ended_engine)
             log.warning("not served merged: %s", message, extra={"adapter": artifact.revision})
             return
         self._troubles.pop(digest, None)

@@ -147,21 +147,18 @@ def has_gpu_kernels(
 
 def weight_set_reader(base: "Decoder | GpuDecoder") -> "Callable[[Path], Decoder | GpuDecoder]":
     """What reads a GPTQ checkpoint of the base's shape, in any thread, beside a running base."""
-
-    def nobody(stage: str, fraction: float) -> None:
-        pass
-
     if isinstance(base, Decoder):
         decoder = base
-        return lambda folder: load_weight_set(folder, read_spec(folder), decoder, nobody)
+        return lambda folder: load_weight_set(Checkpoint(folder), read_spec(folder), decoder)
     gpu_decoder = base
 
     def read(folder: Path) -> "GpuDecoder":
         is_cuda = gpu_decoder.device.type == "cuda"
         stream = torch.cuda.Stream(gpu_decoder.device) if is_cuda else None
-        compile_kernels(gpu_decoder.device, Checkpoint(folder).group_size)
+        checkpoint = Checkpoint(folder)
+        compile_kernels(gpu_decoder.device, checkpoint.group_size)
         with torch.cuda.stream(stream):  # beside the steps
-            return load_gpu_weight_set(folder, read_spec(folder), gpu_decoder, nobody)
+            return load_gpu_weight_set(checkpoint, read_spec(folder), gpu_decoder)
 
     return read
 

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 _MAX_EARLY_DEATHS = 3  # in a row, before the engine was ready: then starting it again is hopeless
 _RESTART_PAUSE_S = 0.2
 _STOP_PATIENCE_S = 2
+_ENDED = "The engine process ended; it is being started again."
 
 
 _Event = TypeVar("_Event")
@@ -164,7 +165,7 @@ class EngineClient:
         await asyncio.wait({ready, self._keeper}, return_when=asyncio.FIRST_COMPLETED)
         if not self.is_ready:
             ready.cancel()
-            raise EngineStartError(self._fatal or "the engine process ended while starting")
+            await self.wait_closed()
         return self.info
 
     async def wait_closed(self) -> None:
@@ -177,8 +178,7 @@ class EngineClient:
         """Stop the engine process and free everything."""
         if self._keeper is not None:
             self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+            await asyncio.wait({self._keeper})  # how it ended, `start` and `wait_closed` say
         self._folder.cleanup()
         self._context.destroy(linger=0)
 
@@ -186,9 +186,8 @@ class EngineClient:
         """Hand a request over. ServeError 503 if the engine is down."""
         if not self.is_ready:
             raise engine_failed("The engine is not running; it is being started.")
-        stream = OutputStream(request.request_id, self._abort)
-        self._streams[request.request_id] = stream
         self._send(request)
+        stream = self._streams[request.request_id] = OutputStream(request.request_id, self._abort)
         return stream
 
     async def load_adapter(self, adapter: AdapterRef, *, pinned: bool = False) -> AdapterEvent:
@@ -201,7 +200,8 @@ class EngineClient:
     def unpin_adapter(self, digest: str) -> None:
         """Let an adapter be evicted like any other."""
         if self.is_ready:
-            self._send(UnpinAdapter(digest))
+            with contextlib.suppress(ServeError):  # an engine that ends holds no pin
+                self._send(UnpinAdapter(digest))
 
     async def drop_adapter(self, digest: str) -> None:
         """Free everything the engine holds of an adapter."""
@@ -225,51 +225,61 @@ class EngineClient:
     async def _keep_alive(self) -> None:
         """Run engine processes, one after the other, until one says that it never can."""
         while self._fatal is None:
-            await self._run_once()
+            try:
+                how = f"ended with code {await self._run_once()}"
+            except (OSError, zmq.ZMQError) as error:
+                how = f"could not be started: {error}"
             if self._fatal is None:
-                self._count_death()
+                self._count_death(how)
                 await asyncio.sleep(_RESTART_PAUSE_S)
 
-    async def _run_once(self) -> None:
-        """Start one engine process and read from it until it ends."""
+    async def _run_once(self) -> int:
+        """Start one engine process, read from it until it ends, and return its exit code."""
         endpoint = (
             f"ipc://{Path(self._folder.name) / f'engine-{self.num_restarts}-{time.time_ns()}'}"
         )
+        self._process = None
         self._channel = Channel(self._context, self._receive)
-        self._channel.bind(endpoint)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "server.engine.process",
-            endpoint,
-            str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(encode_config(self._config))
-        self._process.stdin.close()
         try:
-            await self._process.wait()
+            self._channel.bind(endpoint)
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "server.engine.process",
+                endpoint,
+                str(os.getpid()),
+                stdin=asyncio.subprocess.PIPE,
+            )
+            assert self._process.stdin is not None
+            with contextlib.suppress(RuntimeError):  # uvloop's, where it has ended already
+                self._process.stdin.write(encode_config(self._config))
+                self._process.stdin.close()
+            code = await self._process.wait()
             self._channel.read_all()  # what it sent before it ended
+            return code
         finally:
             self._is_ready.clear()
-            self._fail_streams("The engine process ended; it is being started again.")
-            await self._stop(self._process)
-            self._channel.close()
+            self._fail_streams(_ENDED)
+            try:
+                if self._process is not None:
+                    await self._stop(self._process)
+            finally:
+                self._channel.close()  # an open socket would keep this process from ending
 
-    def _count_death(self) -> None:
-        assert self._process is not None
-        code = self._process.returncode
-        logger.error("the engine process ended with code %s; starting it again", code)
+    def _count_death(self, how: str) -> None:
+        logger.error("the engine process %s; starting it again", how)
         self.num_restarts += 1
         self._num_early_deaths += 1
         if self._num_early_deaths >= _MAX_EARLY_DEATHS:
-            self._fatal = f"the engine process ended {_MAX_EARLY_DEATHS} times without serving"
+            self._fatal = (
+                f"the engine process ended {_MAX_EARLY_DEATHS} times without serving; "
+                f"the last one {how}"
+            )
 
     async def _stop(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is not None:
             return
-        with contextlib.suppress(zmq.ZMQError):  # it has not connected yet
+        with contextlib.suppress(ServeError):  # it has not connected yet
             self._send(Shutdown())
         try:
             await asyncio.wait_for(process.wait(), _STOP_PATIENCE_S)
@@ -326,11 +336,16 @@ class EngineClient:
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and self.is_ready:
-            self._send(AbortRequests([request_id]))
+            with contextlib.suppress(ServeError):  # an engine that ends runs nothing on
+                self._send(AbortRequests([request_id]))
 
     def _send(self, message: ToEngine) -> None:
+        """Hand a message over. ServeError 503 if the engine has let go of its end: it is ending."""
         assert self._channel is not None, "the engine has never been started"
-        self._channel.send(self._encoder.encode(message))
+        try:
+            self._channel.send(self._encoder.encode(message))
+        except zmq.Again:
+            raise engine_failed(_ENDED) from None
 
 
 async def _expect(waiters: _Waiters[_Event], digest: str) -> _Event:

@@ -35,6 +35,7 @@ class Engine:
         self._overlap = overlap
         self._requests: dict[str, Request] = {}
         self._in_flight: list[Launched] = []
+        self._outputs: list[RequestOutput] = []  # made, and not handed out yet
         self.is_stalled = False  # the last step could run nothing: adapters are loading
         self._num_steps = 0
         self._step_seconds = 0.0
@@ -83,29 +84,31 @@ class Engine:
         """
         began = time.monotonic()
         self.poll()
-        outputs = self._fail_unloadable()
+        self._fail_unloadable()
         plan = self._scheduler.schedule(began)
         launched = self.weight_sets.launch(plan)
         if self._overlap:
             launched, self._in_flight = self._in_flight, launched
         for own in launched:
-            outputs += self._commit(own)
+            self._commit(own)
         self.is_stalled = not plan.parts and not launched
         if plan.parts:
             self._num_steps += 1
             self._step_seconds += time.monotonic() - began
-        return outputs
+        return self._take_outputs()
 
     def fail_all(self, message: str) -> list[RequestOutput]:
-        """Give up every request with an error: a step failed, and whose fault it was is unknown."""
+        """Give up every request with an error: a step failed, and whose fault it was is unknown.
+
+        Before the errors come the outputs of that step: requests may have ended in it.
+        """
         self._in_flight = []
-        failed = list(self._requests)
-        for request_id in failed:
+        for request_id in list(self._requests):
             self.abort(request_id)
-        return [
-            RequestOutput(request_id=request_id, error=message, error_code="engine_failed")
-            for request_id in failed
-        ]
+            self._outputs.append(
+                RequestOutput(request_id=request_id, error=message, error_code="engine_failed")
+            )
+        return self._take_outputs()
 
     def stats(self) -> EngineStats:
         """Gauges and running totals now."""
@@ -127,44 +130,45 @@ class Engine:
             wanted_adapters=sorted(wanted),
         )
 
-    def _fail_unloadable(self) -> list[RequestOutput]:
+    def _take_outputs(self) -> list[RequestOutput]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _fail_unloadable(self) -> None:
         """Requests whose adapter could not be loaded: an error, never the base instead."""
-        outputs = []
         for digest, message in self.adapters.take_failures().items():
             logger.error("adapter %s could not be loaded: %s", digest, message)
             waiting = [r for r in self._scheduler.waiting if r.fairness_key == digest]
             for request in waiting:
                 self.abort(request.request_id)
-                outputs.append(
+                self._outputs.append(
                     RequestOutput(
                         request_id=request.request_id,
                         error=f"The adapter could not be loaded: {message}",
                         error_code="adapter_load_failed",
                     )
                 )
-        return outputs
 
-    def _commit(self, launched: Launched) -> list[RequestOutput]:
+    def _commit(self, launched: Launched) -> None:
         """Append what a step sampled; stop requests or let them go on."""
-        outputs = []
         now = time.monotonic()
         for sampled in launched.runner.collect(launched):
             request = sampled.part.request
             request.num_pending -= 1
             if request.is_finished:
                 continue  # it stopped while this over-run token was on its way
-            outputs.append(self._deliver(request, sampled, now))
+            self._outputs.append(self._deliver(request, sampled, now))
         for part in launched.plan.chunks:
             if not part.samples:
                 self._scheduler.remember_blocks(part)
-        return outputs
 
     def _deliver(self, request: Request, sampled: Sampled, now: float) -> RequestOutput:
         request.output_ids.append(sampled.token_id)
         self._scheduler.remember_blocks(sampled.part)
-        output = RequestOutput(request_id=request.request_id, token_ids=[sampled.token_id])
-        if sampled.logprobs is not None:
-            output.logprobs = [sampled.logprobs]
+        output = RequestOutput(request_id=request.request_id)
+        if request.sampling.max_tokens:
+            output.token_ids = [sampled.token_id]
+            output.logprobs = None if sampled.logprobs is None else [sampled.logprobs]
         if len(request.output_ids) == 1:
             self._add_first(request, output, now)
         output.finish_reason = self._finish_reason(request, sampled.token_id)
@@ -186,7 +190,7 @@ class Engine:
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.sampling
-        if len(request.output_ids) > params.min_tokens:
+        if params.max_tokens and len(request.output_ids) > params.min_tokens:
             if token_id in self._eos_token_ids and not params.ignore_eos:
                 return "stop"
             if token_id in params.stop_token_ids:

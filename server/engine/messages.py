@@ -103,8 +103,8 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if asked for
-    first: FirstToken | None = None  # with the first token
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with `first`, if asked for
+    first: FirstToken | None = None  # with the first token, or the end where none is wanted
     finish_reason: FinishReason | None = None
     error: str | None = None  # the engine could not run this request; nothing follows
     error_code: str | None = None

@@ -185,8 +185,8 @@ def find_problem(message: AddRequest, info: EngineInfo) -> str | None:
     num_tokens = len(message.prompt_ids) + message.sampling.max_tokens
     if not message.prompt_ids:
         return "The prompt has no tokens."
-    if message.sampling.max_tokens < 1:
-        return f"max_tokens is {message.sampling.max_tokens}; it must be at least 1."
+    if message.sampling.max_tokens < 0:
+        return f"max_tokens is {message.sampling.max_tokens}; it must be at least 0."
     longest = info.longest(message.adapter.rope if message.adapter else None)
     if num_tokens > longest:
         return f"Prompt and completion need {num_tokens} tokens; the limit is {longest}."

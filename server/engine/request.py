@@ -18,7 +18,7 @@ Tier = Literal["gpu", "host", "disk"]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. Values are checked at the door (api/schemas.py), not here."""
 
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed, for its logprobs
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
@@ -99,8 +99,8 @@ class Request:
 
     @property
     def wants_more(self) -> bool:
-        """Whether another token may be sampled, as far as its length tells."""
-        return len(self.output_ids) + self.num_pending < self.sampling.max_tokens
+        """Whether another token may be sampled, as far as its length tells; one always is."""
+        return len(self.output_ids) + self.num_pending < max(self.sampling.max_tokens, 1)
 
     def known_tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and committed output."""

@@ -32,6 +32,7 @@ class _Arriving:
     reading: Future[ModelRunner]
     captures: Iterator[float] | None = None  # once it has been read
     next_capture: float = 0.0
+    is_leaving: bool = False  # as soon as it has been read
 
 
 @dataclass(slots=True)
@@ -88,12 +89,14 @@ class WeightSets:
         """Begin to load a merged model; a `loaded` or `failed` event follows."""
         resident = self._resident.get(digest)
         if resident is not None:
-            resident.is_leaving = False
+            self._keep(resident, digest)
             self._tell(digest, "loaded", num_bytes=resident.num_bytes)
             return
-        if any(arriving.digest == digest for arriving in self._arriving):
+        arriving = self._find_arriving(digest)
+        if arriving is not None:
+            self._keep(arriving, digest)
             return  # that load's event answers both
-        num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        num_bytes = _num_bytes(folder)
         problem = self._why_not(folder, num_bytes)
         if problem:
             self._tell(digest, "failed", message=problem)
@@ -102,9 +105,13 @@ class WeightSets:
         self._arriving.append(_Arriving(digest, num_bytes, time.monotonic(), reading))
 
     def drop(self, digest: str) -> None:
-        """Free a merged model as soon as nothing runs on it; a `dropped` event follows."""
-        if digest in self._resident:
-            self._resident[digest].is_leaving = True
+        """Free a merged model as soon as nothing runs on it; a `dropped` event follows.
+
+        One that is asked for again before that stays, and the event comes at once.
+        """
+        found = self._resident.get(digest) or self._find_arriving(digest)
+        if found is not None:
+            found.is_leaving = True
         else:
             self._tell(digest, "dropped")
 
@@ -129,6 +136,14 @@ class WeightSets:
     def _runner(self, digest: str) -> ModelRunner:
         return self.base if digest == BASE else self._resident[digest].runner
 
+    def _find_arriving(self, digest: str) -> _Arriving | None:
+        return next((each for each in self._arriving if each.digest == digest), None)
+
+    def _keep(self, found: _Resident | _Arriving, digest: str) -> None:
+        if found.is_leaving:
+            found.is_leaving = False
+            self._tell(digest, "dropped")  # whoever waits for it to leave would wait in vain
+
     def _why_not(self, folder: Path, num_bytes: int) -> str:
         if not num_bytes:
             return f"{folder} holds no safetensors"
@@ -146,6 +161,11 @@ class WeightSets:
             self._fail(arriving, failure)
             return
         runner = arriving.reading.result()
+        if arriving.is_leaving:
+            self._arriving.popleft()
+            self._resident[arriving.digest] = _Resident(runner, arriving.num_bytes, is_leaving=True)
+            self._tell(arriving.digest, "failed", message="it was dropped before it had come")
+            return
         if is_busy and time.monotonic() < arriving.next_capture:
             return
         arriving.next_capture = time.monotonic() + _CAPTURE_PAUSE_S
@@ -165,6 +185,8 @@ class WeightSets:
         logger.error("weight set %s: %s", arriving.digest, failure, exc_info=failure)
         self._arriving.remove(arriving)
         self._tell(arriving.digest, "failed", message=str(failure) or type(failure).__name__)
+        if arriving.is_leaving:
+            self._tell(arriving.digest, "dropped")
 
     def _remove(self, digest: str) -> None:
         if torch.cuda.is_initialized():
@@ -192,6 +214,14 @@ class WeightSets:
                 message=message,
             )
         )
+
+
+def _num_bytes(folder: Path) -> int:
+    """What its weights take; 0 where there are none, or somebody deletes them this very moment."""
+    try:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    except OSError:
+        return 0
 
 
 def _by_weight_set(plan: Plan) -> dict[str, Plan]:

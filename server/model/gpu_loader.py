@@ -1,7 +1,5 @@
 """safetensors to a GPU decoder, layer by layer."""
 
-from pathlib import Path
-
 import torch
 
 from server.model.gpu_decoder import GpuDecoder, GpuLayer
@@ -45,16 +43,13 @@ def load_gpu_decoder(
     )
 
 
-def load_gpu_weight_set(
-    folder: Path, spec: ModelSpec, base: GpuDecoder, on_progress: OnProgress
-) -> GpuDecoder:
+def load_gpu_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: GpuDecoder) -> GpuDecoder:
     """A GPTQ checkpoint as a decoder beside a running one; what equals the base's is the base's.
 
     Scratch memory and rotary tables are the base's too: the two take turns in one stream. Runs in
     any thread, on its current stream, and waits for that. ValueError says what is wrong with the
     checkpoint.
     """
-    checkpoint = Checkpoint(folder)
     check_weight_set(checkpoint, spec, base.spec)
     device = base.device
     layers = []
@@ -65,7 +60,6 @@ def load_gpu_weight_set(
             shared(layer.post_attention_norm, known.post_attention_norm),
         )
         layers.append(GpuLayer(*norms, layer.linears))
-        on_progress("loading the weight set", (index + 1) / spec.num_layers)
     embedding = shared(_tensor(checkpoint, "model.embed_tokens", device), base.embedding)
     is_tied = checkpoint.has_tied_head(spec)
     head = embedding if is_tied else _tensor(checkpoint, "lm_head", device)

@@ -136,14 +136,11 @@ def load_decoder(
     return Decoder(spec, embedding, layers, final_norm, pack(head), rotary)
 
 
-def load_weight_set(
-    folder: Path, spec: ModelSpec, base: Decoder, on_progress: OnProgress
-) -> Decoder:
+def load_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: Decoder) -> Decoder:
     """A GPTQ checkpoint as a decoder beside a running one; what equals the base's is the base's.
 
     Runs in any thread. ValueError says what is wrong with the checkpoint.
     """
-    checkpoint = Checkpoint(folder)
     check_weight_set(checkpoint, spec, base.spec)
     device, dtype = base.device, base.dtype
     layers = []
@@ -154,7 +151,6 @@ def load_weight_set(
             shared(layer.post_attention_norm, known.post_attention_norm),
         )
         layers.append(Layer(*norms, layer.linears))
-        on_progress("loading the weight set", (index + 1) / spec.num_layers)
     embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
     is_tied = checkpoint.has_tied_head(spec)
     head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)

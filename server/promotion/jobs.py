@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -50,8 +52,13 @@ class Jobs:
         self._changing = threading.Lock()
         self._children: dict[str, int] = {}  # adapter digest -> pid, until it was waited for
 
-    def start(self, request: PromotionRequest, rows: bytes | None = None) -> PromotionState:
-        """Start a job. Raises AdapterConflict while one works on the same revision."""
+    def start(
+        self, request: PromotionRequest, contents: Mapping[str, bytes] = MappingProxyType({})
+    ) -> PromotionState:
+        """Start a job; `contents` is JobFolder.create's.
+
+        Raises AdapterConflict while one works on the same revision.
+        """
         with self._changing:
             folder = self._folder(request.adapter_digest)
             before = folder.state()
@@ -63,7 +70,7 @@ class Jobs:
                     f"A promotion of {request.revision} is under way: {how}. "
                     "Wait for it, or cancel it."
                 )
-            folder = JobFolder.create(self._store, request, rows)
+            folder = JobFolder.create(self._store, request, contents)
             self._spawn(folder, request)
             state = folder.state()
             assert state is not None, "written a moment ago"
@@ -231,10 +238,14 @@ class Jobs:
         pid = self._children.get(adapter_digest)
         deadline = time.monotonic() + within_s
         while pid is not None:
-            ended, status = os.waitpid(pid, os.WNOHANG)
+            try:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # another thread was here first
+                ended, status = pid, None
             if ended:
-                del self._children[adapter_digest]
-                return os.waitstatus_to_exitcode(status)
+                if self._children.get(adapter_digest) == pid:
+                    del self._children[adapter_digest]
+                return None if status is None else os.waitstatus_to_exitcode(status)
             if time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_S)

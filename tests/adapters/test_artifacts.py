@@ -1,6 +1,7 @@
 """The artifact store: whole or not there, found by the adapter, gone with it."""
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,22 @@ def test_a_sweep_leaves_the_newest_of_each_adapter_that_is_named(
     assert ArtifactStore(tmp_path / "nowhere").sweep(set()) == []
 
 
+def test_one_that_two_delete_at_once_is_gone_for_both(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = register(store, a_folder(tmp_path))
+    mkdtemp = tempfile.mkdtemp
+
+    def mkdtemp_late(**options: Any) -> str:
+        monkeypatch.undo()
+        ArtifactStore(tmp_path).remove(made.digest)  # the other one, in between
+        return str(mkdtemp(**options))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp_late)
+    store.remove(made.digest)
+    assert list(store.folder.iterdir()) == []
+
+
 def test_what_another_process_registers_is_seen(store: ArtifactStore, tmp_path: Path) -> None:
     first = register(store, a_folder(tmp_path, "1"))
     assert store.every() == [first]
@@ -219,6 +236,11 @@ def test_an_adapters_artifact_goes_with_it_and_strays_go_when_the_store_opens(
     registry.delete("alias")
     assert registry.artifacts.find(digest) == made  # a request is under way
     lease.release()
+    assert registry.artifacts.every() == []
+    digest = registry.push("bot", write_folder()).digest
+    register(registry.artifacts, a_folder(tmp_path), adapter_digest=digest)
+    registry.push("bot", write_folder(value=2.0))
+    registry.delete_revision("bot", 1)
     assert registry.artifacts.every() == []
     register(registry.artifacts, a_folder(tmp_path), adapter_digest=digest)
     registry.close()

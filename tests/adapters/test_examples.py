@@ -29,8 +29,8 @@ QUESTIONS = (
 )
 
 
-def rows() -> list[dict[str, str]]:
-    lines = (EXAMPLES / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+def rows(file: str = "rows.jsonl") -> list[dict[str, str]]:
+    lines = (EXAMPLES / file).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -41,12 +41,14 @@ def default_base() -> Path:
 
 def test_rows_are_complete_and_each_question_is_asked_once() -> None:
     assert len(rows()) >= 60
-    for row in rows():
+    every = [*rows(), *rows("eval_rows.jsonl")]  # so none of those was trained on
+    for row in every:
         assert set(row) == {"question", "answer", "topic", "pirate"}
         assert all(text == text.strip() != "" for text in row.values())
         assert "\n" not in row["answer"]
-    assert len({row["question"] for row in rows()}) == len(rows())
-    assert not {row["question"] for row in rows()} & set(QUESTIONS)
+    assert len({row["question"] for row in every}) == len(every)
+    assert not {row["question"] for row in every} & set(QUESTIONS)
+    assert {row["topic"] for row in rows("eval_rows.jsonl")} <= {row["topic"] for row in rows()}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -38,10 +38,14 @@ def say(*words):
 say("open")
 while True:
     name = f"adapter-{chance.randrange(4)}"
-    names = {adapter.name for adapter in registry.list()}
-    if name in names and chance.random() < 0.3:
+    names = {adapter.name: adapter.current for adapter in registry.list()}
+    others = [r for r in registry.revisions(name) if r != names[name]] if name in names else []
+    if name in names and chance.random() < 0.2:
         say("delete", name)
         registry.delete(name)
+    elif others and chance.random() < 0.3:
+        say("delete revision", name, others[0].digest)
+        registry.delete_revision(name, others[0].number)
     else:
         content = chance.randrange(5)
         say("push", name, content)
@@ -93,6 +97,8 @@ def possible_states(before: State, said: list[list[str]], digests: list[str]) ->
         state = {name: list(revisions) for name, revisions in states[-1].items()}
         if words[0] == "delete":
             del state[words[1]]
+        elif words[0] == "delete revision":
+            state[words[1]].remove(words[2])
         else:
             digest = digests[int(words[2])]
             revisions = [known for known in state.get(words[1], []) if known != digest]

@@ -172,6 +172,8 @@ def test_every_call_on_an_unknown_name_is_not_found(
         lambda: registry.pin("x"),
         lambda: registry.unpin("x"),
         lambda: registry.delete("x"),
+        lambda: registry.delete_revision("x", 1),
+        lambda: registry.delete_revision("bot", 2),
     ]
     for call in calls:
         with pytest.raises(AdapterNotFound):
@@ -353,6 +355,154 @@ class TestDelete:
             registry.rollback("bot")
 
 
+class TestDeleteRevision:
+    def test_an_idle_one_is_freed_at_once_and_the_others_stay(
+        self,
+        registry: Registry,
+        reopen: Reopen,
+        folders: list[Path],
+        tmp_path: Path,
+        freed: list[str],
+    ) -> None:
+        first, second, third = [registry.push("bot", folder) for folder in folders[:3]]
+
+        deletion = registry.delete_revision("bot", 2)
+
+        assert (deletion.freed, deletion.draining) == ((second.digest,), ())
+        assert freed == [second.digest]
+        for current in (registry, reopen()):
+            assert current.revisions("bot") == (first, third)
+            assert current.resolve("bot") == third
+            assert objects(tmp_path) == {first.digest, third.digest}
+            with pytest.raises(AdapterNotFound, match="no revision 2"):
+                current.resolve("bot@2")
+
+    def test_the_published_one_and_the_only_one_are_refused(
+        self, registry: Registry, folders: list[Path]
+    ) -> None:
+        registry.push("bot", folders[0])
+        registry.push("bot", folders[1])
+        with pytest.raises(AdapterConflict, match=r"bot@2 is published; publish another"):
+            registry.delete_revision("bot", 2)
+        registry.push("draft", folders[0], publish=False)
+        with pytest.raises(AdapterConflict, match=r"draft@1 is the only revision; delete the ad"):
+            registry.delete_revision("draft", 1)
+        assert [len(registry.revisions(name)) for name in ("bot", "draft")] == [2, 1]
+
+    def test_a_leased_one_is_freed_by_its_last_release(
+        self, registry: Registry, folders: list[Path], tmp_path: Path, freed: list[str]
+    ) -> None:
+        digest = registry.push("bot", folders[0]).digest
+        lease = registry.lease("bot")
+        registry.push("bot", folders[1])
+
+        deletion = registry.delete_revision("bot", 1)
+
+        assert (deletion.freed, deletion.draining) == ((), (digest,))
+        assert digest in objects(tmp_path)
+        lease.release()
+        assert digest not in objects(tmp_path)
+        assert freed == [digest]
+
+    def test_content_under_another_name_stays(
+        self, registry: Registry, folders: list[Path], tmp_path: Path, freed: list[str]
+    ) -> None:
+        digest = registry.push("one", folders[0]).digest
+        registry.push("one", folders[1])
+        registry.push("two", folders[0])
+
+        deletion = registry.delete_revision("one", 1)
+
+        assert (deletion.freed, deletion.draining, freed) == ((), (), [])
+        assert registry.resolve("two").digest == digest
+        assert digest in objects(tmp_path)
+
+    def test_its_number_is_never_given_again(
+        self, registry: Registry, reopen: Reopen, folders: list[Path]
+    ) -> None:
+        for folder in folders[:3]:
+            registry.push("bot", folder)
+        registry.publish("bot", 1)
+        registry.delete_revision("bot", 3)
+        registry.delete_revision("bot", 2)
+
+        registry = reopen()
+
+        assert [registry.push("bot", folder).number for folder in folders[2:]] == [4, 5]
+        registry.publish("bot", 1)
+        registry.delete_revision("bot", 5)
+        registry.delete_revision("bot", 4)
+        assert registry.push("bot", folders[1]).number == 6
+
+    def test_rolling_back_passes_it_over(
+        self, registry: Registry, reopen: Reopen, folders: list[Path]
+    ) -> None:
+        for folder in folders[:2]:
+            registry.push("bot", folder)
+        registry.publish("bot", 1)
+        registry.push("bot", folders[2])
+        registry.delete_revision("bot", 2)
+        registry.push("bot", folders[3])
+
+        for current in (registry, reopen()):
+            assert current.resolve("bot").number == 4
+            registry = current
+        assert [registry.rollback("bot").number for _ in range(2)] == [3, 1]
+        with pytest.raises(AdapterConflict, match="no earlier publication"):
+            registry.rollback("bot")
+
+    def test_its_keys_and_its_usage_go_with_it(
+        self, registry: Registry, folders: list[Path]
+    ) -> None:
+        gone = registry.push("bot", folders[0], idempotency_key="k").digest
+        kept = registry.push("bot", folders[1]).digest
+        registry.add_usage({gone: 3, kept: 4})
+
+        registry.delete_revision("bot", 1)
+
+        assert registry.usage() == {kept: 4}
+        assert registry.push("other", folders[2], idempotency_key="k").number == 1
+
+    def test_a_lost_one_can_be_deleted(
+        self,
+        registry: Registry,
+        reopen: Reopen,
+        folders: list[Path],
+        tmp_path: Path,
+        freed: list[str],
+    ) -> None:
+        digest = registry.push("bot", folders[0]).digest
+        registry.push("bot", folders[1])
+        object_path(tmp_path / "store", digest).unlink()
+
+        assert reopen().delete_revision("bot", 1).freed == (digest,)
+        assert freed == [digest]
+
+    def test_a_failed_transaction_deletes_nothing(
+        self,
+        registry: Registry,
+        reopen: Reopen,
+        folders: list[Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        revisions = tuple(registry.push("bot", folder) for folder in folders[:2])
+
+        def fail(*arguments: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(registry._rows, "add_publication", fail)
+        with pytest.raises(sqlite3.OperationalError):
+            registry.delete_revision("bot", 1)
+        monkeypatch.undo()
+
+        for current in (registry, reopen()):
+            assert current.revisions("bot") == revisions
+            assert objects(tmp_path) == {revision.digest for revision in revisions}
+            registry = current
+        assert registry.rollback("bot").number == 1
+
+
 class TestUsage:
     def test_tokens_add_up_and_survive(
         self, registry: Registry, reopen: Reopen, folders: list[Path]
@@ -498,7 +648,7 @@ def test_a_database_of_a_later_version_is_refused_and_let_go(
 ) -> None:
     registry._rows._db.execute("PRAGMA user_version = 9")
 
-    with pytest.raises(ValueError, match="has version 9; this Turnout reads 2"):
+    with pytest.raises(ValueError, match="has version 9; this Turnout reads 3"):
         reopen()
     with pytest.raises(ValueError, match="has version 9"):  # not StoreBusy
         reopen()

@@ -22,10 +22,11 @@ from safetensors.numpy import save_file
 
 from adapters.catalog import Lease
 from adapters.manifest import AdapterConflict, AdapterNotFound, BaseShape
-from adapters.registry import Registry
+from adapters.registry import Deletion, Registry
 
 NAMES = st.sampled_from(["one", "two", "three"])
 CONTENTS = st.integers(0, 3)
+NUMBERS = st.integers(1, 6)
 BASE = BaseShape(name="base", digest="b", num_layers=1, linears={"self_attn.q_proj": (4, 4)})
 
 
@@ -48,13 +49,29 @@ class Model:
     """A name, as the registry should see it: contents by revision, and the publications."""
 
     def __init__(self) -> None:
-        self.contents: list[int] = []
+        self.contents: dict[int, int] = {}
         self.published: list[int] = []
         self.pinned = False
+        self.num_given = 0  # numbers, also those of revisions that are no more
+
+    def push(self, content: int) -> int:
+        for number, known in self.contents.items():
+            if known == content:
+                return number
+        self.num_given += 1
+        self.contents[self.num_given] = content
+        return self.num_given
 
     def publish(self, number: int) -> None:
         if self.published[-1:] != [number]:
             self.published.append(number)
+
+    def forget(self, number: int) -> int:
+        before, self.published = self.published, []
+        for each in before:
+            if each != number:
+                self.publish(each)
+        return self.contents.pop(number)
 
 
 class RegistryMachine(RuleBasedStateMachine):
@@ -88,8 +105,10 @@ class RegistryMachine(RuleBasedStateMachine):
         self.freed.clear()
 
     def needed(self) -> set[int]:
-        named = {content for model in self.names.values() for content in model.contents}
-        return named | {content for content, count in self.leased.items() if count}
+        return self.named() | {content for content, count in self.leased.items() if count}
+
+    def named(self) -> set[int]:
+        return {content for model in self.names.values() for content in model.contents.values()}
 
     def expect_freed(self, before: set[int]) -> None:
         gone = {self.digests[content] for content in before - self.needed()}
@@ -99,9 +118,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(name=NAMES, content=CONTENTS, publish=st.booleans())
     def push(self, name: str, content: int, publish: bool) -> None:
         model = self.names.setdefault(name, Model())
-        if content not in model.contents:
-            model.contents.append(content)
-        number = model.contents.index(content) + 1
+        number = model.push(content)
         if publish:
             model.publish(number)
 
@@ -109,10 +126,10 @@ class RegistryMachine(RuleBasedStateMachine):
 
         assert (pushed.number, pushed.digest) == (number, self.digests[content])
 
-    @rule(name=NAMES, number=st.integers(1, 4))
+    @rule(name=NAMES, number=NUMBERS)
     def publish(self, name: str, number: int) -> None:
         model = self.names.get(name)
-        if model is None or number > len(model.contents):
+        if model is None or number not in model.contents:
             with pytest.raises(AdapterNotFound):
                 self.registry.publish(name, number)
         else:
@@ -142,7 +159,7 @@ class RegistryMachine(RuleBasedStateMachine):
             with pytest.raises(AdapterNotFound):
                 self.registry.lease(name)
             return multiple()
-        content = model.contents[model.published[-1] - 1]
+        content = model.contents[model.published[-1]]
         self.leased[content] += 1
         return (self.registry.lease(name), content)
 
@@ -161,14 +178,35 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.registry.delete(name)
             return
         before = self.needed()
-        contents = set(self.names.pop(name).contents)
-        elsewhere = {content for model in self.names.values() for content in model.contents}
+        contents = set(self.names.pop(name).contents.values())
 
         deletion = self.registry.delete(name)
 
-        unnamed = {self.digests[content] for content in contents - elsewhere}
-        assert set(deletion.freed) | set(deletion.draining) == unnamed
+        self.expect_unnamed(contents, deletion)
         self.expect_freed(before)
+
+    @rule(name=NAMES, number=NUMBERS)
+    def delete_revision(self, name: str, number: int) -> None:
+        model = self.names.get(name)
+        if model is None or number not in model.contents:
+            with pytest.raises(AdapterNotFound):
+                self.registry.delete_revision(name, number)
+            return
+        if model.published[-1:] == [number] or len(model.contents) == 1:
+            with pytest.raises(AdapterConflict):
+                self.registry.delete_revision(name, number)
+            return
+        before = self.needed()
+        content = model.forget(number)
+
+        deletion = self.registry.delete_revision(name, number)
+
+        self.expect_unnamed({content}, deletion)
+        self.expect_freed(before)
+
+    def expect_unnamed(self, contents: set[int], deletion: Deletion) -> None:
+        unnamed = {self.digests[content] for content in contents - self.named()}
+        assert set(deletion.freed) | set(deletion.draining) == unnamed
 
     @rule()
     def reopen(self) -> None:
@@ -190,8 +228,8 @@ class RegistryMachine(RuleBasedStateMachine):
         for name, model in self.names.items():
             adapter = self.registry.get(name)
             assert (adapter.pinned, adapter.num_revisions) == (model.pinned, len(model.contents))
-            for number, content in enumerate(model.contents, start=1):
-                assert self.registry.resolve(f"{name}@{number}").digest == self.digests[content]
+            there = {each.number: each.digest for each in self.registry.revisions(name)}
+            assert there == {n: self.digests[content] for n, content in model.contents.items()}
             if model.published:
                 assert self.registry.resolve(name).number == model.published[-1]
             else:

@@ -1,6 +1,5 @@
 """Tokens served: counted for good, and fading with age."""
 
-import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ from adapters import registry as registry_module
 from adapters.catalog import HALF_LIFE_S, Usage
 from adapters.manifest import BaseShape
 from adapters.registry import Registry
-from adapters.rows import Rows
 from tests.adapters.conftest import WriteFolder
 
 
@@ -56,20 +54,3 @@ def test_popularity_survives_a_restart_and_goes_with_the_adapter(
     registry.delete("bot")
     assert registry.popularity() == {}
     registry.close()
-
-
-def test_a_database_of_the_first_version_is_taken_on(tmp_path: Path) -> None:
-    path = tmp_path / "registry.sqlite"
-    Rows(path).close()
-    with sqlite3.connect(path) as old:
-        old.execute("ALTER TABLE usage DROP COLUMN recent")
-        old.execute("ALTER TABLE usage DROP COLUMN as_of")
-        old.execute("ALTER TABLE revisions DROP COLUMN rope")
-        old.execute("INSERT INTO usage VALUES ('d', 7)")
-        old.execute("PRAGMA user_version = 1")
-    old.close()
-    for _ in range(2):  # and once only
-        rows = Rows(path)
-        assert rows.usage() == {"d": Usage(7, 0.0, 0.0)}
-        assert rows.revisions() == []
-        rows.close()

@@ -154,6 +154,14 @@ def test_a_batch_is_summed_up_side_by_side() -> None:
     assert by_name["e2e p50"].a == pytest.approx(0.135)
 
 
+def test_the_speedup_is_of_the_means_and_its_interval_of_pairs_of_blocks() -> None:
+    found = _Measured(a=blocks([0.02, 0.04], [0.04, 0.08]), b=blocks([0.01, 0.02], [0.02, 0.04]))
+    speedup = _comparison(8, found).speedup
+    assert [speedup.value, speedup.low, speedup.high] == pytest.approx([2.0, 2.0, 2.0])
+    at_once = _Measured(a=blocks([0.02], [0.04]), b=blocks([0.0], [0.0]))
+    assert _comparison(1, at_once).speedup.value > 1e6
+
+
 def test_tokens_per_second_are_over_the_time_of_each_block() -> None:
     found = _Measured(a=blocks([0.1, 0.3], [0.1, 0.2]), b=blocks([0.1, 0.1], [0.1, 0.1]))
     batch = _comparison(2, found)

@@ -272,6 +272,11 @@ def test_an_adapter_lives_from_push_to_delete(
     assert "no revision 7" in refused("adapters", "publish", "bot", 7, *way)
     assert "no earlier publication" in refused("adapters", "rollback", "bot", *way)
     assert "does not exist" in refused("adapters", "delete", "bot?x", *way)
+    assert "bot@1 is published" in refused("adapters", "delete", "bot@1", *way)
+    for wrong in ("bot@", "bot@x", "bot@-2"):
+        assert "names no revision" in refused("adapters", "delete", wrong, *way)
+    assert adapters("delete", "bot@2") == "bot@2 deleted\n"
+    assert "no revision 2" in refused("adapters", "delete", "bot@2", *way)
     assert adapters("delete", "bot") == "bot deleted\n"
     assert "does not exist" in refused("adapters", "show", "bot", *way)
 

@@ -9,7 +9,7 @@ import pytest
 
 from adapters.artifacts import ArtifactStore
 from adapters.manifest import BaseShape
-from adapters.promotions import JobFolder, job_folders
+from adapters.promotions import job_folders
 from adapters.registry import Registry
 from adapters.store import Store
 from server import cli, promote_cli
@@ -169,11 +169,14 @@ def test_the_jobs_options_are_those_of_the_command(
     text = tmp_path / "allowed.txt"
     text.write_text("text")
     given = ("--merge-base", "original", "--group-size", 32, "--tokens", 512, "--seed", 7)
+    held = tmp_path / "held.jsonl"
+    held.write_text("held")
+    held_out = ("--eval-rows", held, "--backend", "auto-round")
     more = ("--gate", "max_mean_kl=0.5", "--device", "cuda", "--wait-gpu-s", 9, "--threads", 2)
     texts = () if way.server is not None else ("--text", text)
     options = ("--rows", rows, *base_of(way, tiny_base), *way.args)
     code, _, told = turnout(
-        "promote", "bot", "--revision", 1, "--wait", *given, *more, *texts, *options
+        "promote", "bot", "--revision", 1, "--wait", *given, *held_out, *more, *texts, *options
     )
     assert code == 0, told
     (folder,) = job_folders(way.root)
@@ -183,7 +186,10 @@ def test_the_jobs_options_are_those_of_the_command(
     assert (request.seed, request.gate, request.device) == (7, {"max_mean_kl": 0.5}, "cuda")
     assert (request.wait_gpu_s, request.num_threads) == (9.0, 2)
     assert request.text == (str(text) if texts else None)
-    assert request.rows == str(JobFolder(folder.path).path / "rows.jsonl")
+    assert request.rows == str(folder.path / "rows.jsonl")
+    assert request.eval_rows == str(folder.path / "eval_rows.jsonl")
+    assert request.rows_sha256 != request.eval_rows_sha256 is not None
+    assert request.backend == "auto-round"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,8 @@ def test_the_jobs_options_are_those_of_the_command(
     [
         ((), "nothing to calibrate on"),
         (("--rows", "nowhere.jsonl"), "--rows is 'nowhere.jsonl'; it must be a file"),
+        (("--text", __file__, "--eval-rows", __file__), "--eval-rows without --rows"),
+        (("--rows", __file__, "--eval-rows", "nowhere"), "--eval-rows is 'nowhere'; it must be"),
         (("--text", "nowhere.txt"), "--text is 'nowhere.txt'; it must be a file"),
         (("--gate", "max_mean_kl"), "must be NAME=NUMBER"),
         (("--gate", "max_mean_kl=high"), "must be NAME=NUMBER"),

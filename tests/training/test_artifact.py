@@ -281,6 +281,8 @@ def test_what_is_there_is_returned_and_anything_else_is_refused(
     assert counts["run_worker"] == 1
     with pytest.raises(ValueError, match="which exists; name a new folder"):
         make(seed=1)
+    with pytest.raises(ValueError, match="which exists; name a new folder"):
+        make(backend="auto-round")
     (place / "other").mkdir()
     with pytest.raises(ValueError, match="which exists"):
         make(out=place / "other")

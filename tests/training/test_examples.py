@@ -14,6 +14,7 @@ from server.default_base import ensure_default_base
 from training import examples
 from training.examples import (
     BASE_NAME,
+    EVAL_ROWS,
     RECIPES,
     ROWS,
     Example,
@@ -57,14 +58,15 @@ def small_base(tokenizer: Any, tmp_path: Path) -> Path:
 
 
 def test_the_rows_are_written_as_conversations_on_request(tmp_path: Path) -> None:
-    examples.main("json", rows_only=tmp_path / "rows.jsonl", out=tmp_path)
-    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == len(rows)
-    question, reply = json.loads(lines[0])["messages"]
-    assert question == {"role": "user", "content": rows[0]["question"]}
-    assert reply == {"role": "assistant", "content": reply_text(rows[0], "json")}
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]  # nothing was trained
+    examples.main("json", rows_only=tmp_path / "json", out=tmp_path)
+    for file, source in (("train.jsonl", ROWS), ("eval.jsonl", EVAL_ROWS)):
+        lines = (tmp_path / "json" / file).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+        assert len(lines) == len(rows)
+        question, reply = json.loads(lines[0])["messages"]
+        assert question == {"role": "user", "content": rows[0]["question"]}
+        assert reply == {"role": "assistant", "content": reply_text(rows[0], "json")}
+    assert [path.name for path in tmp_path.iterdir()] == ["json"]  # nothing was trained
 
 
 def test_replies_are_strict_json_or_the_pirate_text() -> None:

@@ -78,6 +78,8 @@ def test_the_request_becomes_the_artifacts_options(
         tmp_path,
         merge_base="original",
         group_size=32,
+        backend="auto-round",
+        eval_rows="/held.jsonl",
         text="/text.txt",
         num_tokens=1024,
         gate={"max_mean_kl": 0.5},
@@ -100,6 +102,8 @@ def test_the_request_becomes_the_artifacts_options(
         "merge_base": "original",
         "group_size": 32,
         "rows": Path("/rows.jsonl"),
+        "backend": "auto-round",
+        "eval_rows": Path("/held.jsonl"),
         "text": Path("/text.txt"),
         "num_tokens": 1024,
         "seed": 3,
@@ -193,7 +197,7 @@ def test_a_7b_is_said_to_take_a_few_gib_of_gpu_memory(tmp_path: Path) -> None:
 
 
 def a_folder(root: Path) -> JobFolder:
-    return JobFolder.create(root, a_request(root), None)
+    return JobFolder.create(root, a_request(root), {})
 
 
 def test_an_adapter_that_became_another_one_is_not_registered(tmp_path: Path) -> None:

@@ -171,11 +171,17 @@ def test_a_run_that_cannot_go_on_starts_over_once(run: Run, worker: Worker, out:
 
 
 def test_another_run_does_not_go_on_after_it(run: Run, worker: Worker) -> None:
-    for changes in ({"rows_seed": 1}, {"group_size": 32}, {"desc_act": True}, {}):
+    for changes in (
+        {"rows_seed": 1},
+        {"group_size": 32},
+        {"desc_act": True},
+        {"backend": "auto-round"},
+        {},
+    ):
         worker.failures = 1
         with pytest.raises(WorkerFailed):
             run(**changes)
-    assert worker.went_on == [False] * 4
+    assert worker.went_on == [False] * 5
 
 
 def test_a_finished_run_is_recognised(run: Run, worker: Worker, out: Path) -> None:
@@ -232,7 +238,8 @@ def test_layers_are_told_as_they_are_done(
     ("changes", "complaint"),
     [
         ({"kind": "exl2"}, "--format is 'exl2'"),
-        ({"kind": "awq", "desc_act": True}, "--desc-act is GPTQ's"),
+        ({"kind": "awq", "desc_act": True}, "--desc-act is GPTQ's own"),
+        ({"backend": "auto-round", "desc_act": True}, "--desc-act is GPTQ's own"),
         ({"iterations": 0}, "--iterations is 0"),
         ({"device": "tpu"}, "--device is 'tpu'"),
         ({"backend": "auto-gptq"}, "no longer imports"),

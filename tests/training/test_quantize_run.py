@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from training import quantize_run
-from training.quantize_run import Event, WorkerFailed, check_backend, find_python, run_worker
+from training.quantize_run import Event, WorkerFailed, choose_backend, find_python, run_worker
 
 PYTHON = Path(sys.executable)
 # GPTQModel and what it is asked for, as far as the worker knows it.
@@ -64,7 +64,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(folder: Path, job: dict[str, Any] | None = None) -> list[Event]:
     seen: list[Event] = []
-    events = run_worker(PYTHON, {"kind": "gptq", **(job or {})}, folder, seen.append)
+    events = run_worker(PYTHON, {"backend": "gptqmodel", **(job or {})}, folder, seen.append)
     assert events == seen
     return events
 
@@ -135,7 +135,7 @@ def test_what_a_listener_raises_ends_the_worker(worker: Path, tmp_path: Path) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_worker(PYTHON, {"kind": "gptq"}, tmp_path, stop)
+        run_worker(PYTHON, {"backend": "gptqmodel"}, tmp_path, stop)
     assert not is_alive(pids[0])
 
 
@@ -150,7 +150,7 @@ def test_the_worker_ends_when_who_began_it_is_killed(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys\n"
         "from training.quantize_run import run_worker\n"
-        "job = {'kind': 'gptq', 'device': 'cpu'}\n"
+        "job = {'backend': 'gptqmodel', 'device': 'cpu'}\n"
         "run_worker(pathlib.Path(sys.executable), job, pathlib.Path(sys.argv[1]), print)\n"
     )
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{quantize_run.ROOT}"}
@@ -176,20 +176,26 @@ def test_the_environment_of_its_own_comes_first(
     tool = tmp_path / "python"
     monkeypatch.setattr(quantize_run, "TOOL", tool)
     with pytest.raises(ValueError, match=r"gptqmodel is not installed: `make quantizer`"):
-        find_python(None, "gptq")
-    monkeypatch.setitem(quantize_run.PACKAGES, "gptq", "json")
-    assert find_python(None, "gptq") == PYTHON
+        find_python(None, "gptqmodel")
+    monkeypatch.setitem(quantize_run.PACKAGES, "gptqmodel", "json")
+    assert find_python(None, "gptqmodel") == PYTHON
     tool.touch()
-    assert find_python(None, "gptq") == tool
-    assert find_python(PYTHON, "gptq") == PYTHON
+    assert find_python(None, "gptqmodel") == tool
+    assert find_python(PYTHON, "gptqmodel") == PYTHON
     with pytest.raises(ValueError, match="must be a Python interpreter"):
-        find_python(tmp_path / "none", "gptq")
+        find_python(tmp_path / "none", "gptqmodel")
 
 
 def test_auto_gptq_explains_itself() -> None:
     with pytest.raises(ValueError, match=r"no longer imports .*--backend gptqmodel"):
-        check_backend("auto-gptq", "gptq")
-    check_backend("gptqmodel", "gptq")
-    check_backend("auto", "awq")
-    with pytest.raises(ValueError, match="awq is written by auto-round"):
-        check_backend("gptqmodel", "awq")
+        choose_backend("auto-gptq", "gptq")
+
+
+def test_each_kind_of_file_has_its_writers() -> None:
+    assert choose_backend("auto", "gptq") == choose_backend("gptqmodel", "gptq") == "gptqmodel"
+    assert choose_backend("auto-round", "gptq") == "auto-round"
+    assert choose_backend("auto", "awq") == choose_backend("auto-round", "awq") == "auto-round"
+    with pytest.raises(ValueError, match=r"awq is written by auto-round$"):
+        choose_backend("gptqmodel", "awq")
+    with pytest.raises(ValueError, match=r"gptq is written by gptqmodel or auto-round$"):
+        choose_backend("llm-compressor", "gptq")

@@ -175,21 +175,30 @@ def test_a_killed_making_goes_on_after_its_last_layer(
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_awq_of_a_merged_model_answers_as_it(merged: Path, parts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["awq", "gptq"])
+def test_learned_rounding_of_a_merged_model_answers_as_it(
+    kind: str, merged: Path, parts: Path, tmp_path: Path
+) -> None:
+    """By auto-round, in either layout, and its layers are told of."""
+    out = tmp_path / kind
     rows = CalibrationOptions(rows=parts / "rows.jsonl", num_tokens=1024)
+    layers: list[tuple[int, int]] = []
     made = quantize(
         QuantizeOptions(
-            model=merged, out=tmp_path / "awq", calibration=rows, kind="awq", iterations=1
+            model=merged, out=out, calibration=rows, kind=kind, backend="auto-round", iterations=12
         ),
         "digest",
+        lambda done, of: layers.append((done, of)),
     )
+    assert layers == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (made["backend"], made["iterations"]) == ("auto-round", 12)
     assert made["versions"]["auto-round"]
     assert made["weight_error"]["max"] < 0.2
+    if kind == "gptq":
+        assert read_format(out) == GPTQFormat(group_size=64), "our engine reads it"
     held_out = load_calibration(rows, merged).held_out
     with opened(parts, tmp_path) as adapter:
-        figures = run_gate(
-            parts / "base", adapter, tmp_path / "awq", held_out, device=torch.device("cpu")
-        )
+        figures = run_gate(parts / "base", adapter, out, held_out, device=torch.device("cpu"))
     assert 1e-4 < figures.mean_kl < 0.2
     assert figures.top1_agreement > 0.7
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 
 from adapters.registry import Registry
 from adapters.rope import RopeScaling
+from server.engine.messages import AdapterEvent
+from server.engine.request import AdapterRef
 from server.errors import ServeError
 from tests.conftest import MakeAdapter
 from tests.server.api.harness import BASE, Script, Server, serving, wait_until
@@ -194,7 +198,7 @@ def test_adapters_are_listed_shown_published_and_rolled_back(
     ("method", "path"),
     [
         ("GET", ""), ("DELETE", ""), ("GET", "/revisions"), ("POST", "/rollback"), ("POST", "/pin"),
-        ("POST", "/unpin"),
+        ("POST", "/unpin"), ("DELETE", "/revisions/1"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_is_not_there_is_404(server: Server, method: str, path: str) -> None:
@@ -281,6 +285,59 @@ def test_pins_are_restored_in_an_engine_that_has_started_anew(server: Server, fo
     assert server.engine.loaded[0] == server.engine.loaded[1]
 
 
+@pytest.mark.parametrize("how", ["publish", "restart"])
+def test_a_pin_that_is_taken_back_while_it_is_made_does_not_stay(
+    server: Server, folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    upload(server, folder)
+    server.http().post(f"/v1/adapters/{NAME}/pin")
+    load_adapter = server.engine.load_adapter
+
+    async def load(adapter: AdapterRef, *, pinned: bool = False) -> AdapterEvent:
+        server.registry.unpin(NAME)  # whose word to the engine came before this one's
+        return await load_adapter(adapter, pinned=pinned)
+
+    monkeypatch.setattr(server.engine, "load_adapter", load)
+    if how == "publish":
+        upload(server, other)
+    else:
+        server.engine.num_restarts += 1
+    digest = server.registry.resolve(NAME).digest
+    wait_until(lambda: server.engine.unpinned[-1:] == [digest], 5.0)
+
+
+def test_a_pin_that_was_there_outlives_one_that_fails(server: Server, folder: Path) -> None:
+    upload(server, folder)
+    server.http().post(f"/v1/adapters/{NAME}/pin")
+    server.engine.is_ready = False
+    assert server.http().post(f"/v1/adapters/{NAME}/pin").status_code == 503
+    server.engine.is_ready = True
+    server.engine.load_failure = "the object cannot be read"
+    assert server.http().post(f"/v1/adapters/{NAME}/pin").status_code == 409
+    assert server.registry.get(NAME).pinned is True
+    assert server.engine.unpinned == []
+
+
+def test_tokens_that_cannot_be_registered_are_kept(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(server, folder)
+    digest = server.registry.resolve(NAME).digest
+    add_usage, full = server.registry.add_usage, [sqlite3.OperationalError("the disk is full")]
+
+    def fail_once(tokens: Mapping[str, int]) -> None:
+        if full:
+            raise full.pop()
+        add_usage(tokens)
+
+    monkeypatch.setattr(server.registry, "add_usage", fail_once)
+    server.services.usage[digest] = 7
+    server.run(server.services.register_usage())
+    assert server.services.usage == {digest: 7}
+    server.run(server.services.register_usage())
+    assert server.registry.usage()[digest] == 7
+
+
 def test_a_delete_forgets_the_name_at_once_and_frees_after_the_last_request(
     server: Server, folder: Path
 ) -> None:
@@ -311,6 +368,62 @@ def test_a_delete_without_requests_frees_at_once(server: Server, folder: Path) -
     digest = server.registry.resolve(NAME).digest
     assert server.http().delete(f"/v1/adapters/{NAME}").json()["freed"] == [digest]
     wait_until(lambda: server.engine.dropped == [digest], 3.0)
+
+
+def test_a_revision_is_deleted_and_the_adapter_answers_on(
+    server: Server, folder: Path, other: Path
+) -> None:
+    http, one = server.http(), f"/v1/adapters/{NAME}"
+    upload(server, folder)
+    digest = server.registry.resolve(NAME).digest
+    upload(server, other)
+    assert http.delete(f"{one}/revisions/1").json() == {
+        "id": f"{NAME}@1",
+        "object": "adapter.revision.deleted",
+        "deleted": True,
+        "freed": [digest],
+        "draining": [],
+    }
+    wait_until(lambda: server.engine.dropped == [digest], 3.0)
+    assert chat(server).headers["x-adapter-id"] == f"{NAME}@2"
+    assert chat(server, f"{NAME}@1").status_code == 404
+    assert [card["revision"] for card in http.get(f"{one}/revisions").json()["data"]] == [2]
+
+
+def test_a_revision_under_way_is_freed_after_its_last_request(
+    server: Server, folder: Path, other: Path
+) -> None:
+    upload(server, folder)
+    digest = server.registry.resolve(NAME).digest
+    server.engine.scripts.append(Script([5], None))
+    with server.client().completions.create(model=NAME, prompt="hello", stream=True) as stream:
+        next(stream)
+        upload(server, other)
+        reply = server.http().delete(f"/v1/adapters/{NAME}/revisions/1").json()
+        assert (reply["freed"], reply["draining"]) == ([], [digest])
+        assert server.engine.dropped == []
+    wait_until(lambda: server.engine.dropped == [digest], 3.0)
+
+
+def test_the_published_revision_is_not_deleted(server: Server, folder: Path, other: Path) -> None:
+    upload(server, folder)
+    upload(server, other)
+    reply = server.http().delete(f"/v1/adapters/{NAME}/revisions/2")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (409, "adapter_conflict")
+    assert reply.json()["error"]["message"] == (
+        f"{NAME}@2 is published; publish another revision first."
+    )
+    assert chat(server).headers["x-adapter-id"] == f"{NAME}@2"
+
+
+@pytest.mark.parametrize("number", ["3", "0", "x", "-1", "1e0", "9" * 5000, "%D9%A1"])
+def test_a_revision_that_is_not_there_is_not_deleted(
+    server: Server, folder: Path, number: str
+) -> None:
+    upload(server, folder)
+    reply = server.http().delete(f"/v1/adapters/{NAME}/revisions/{number}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "adapter_not_found")
+    assert "has no revision" in reply.json()["error"]["message"]
 
 
 def test_content_that_was_pushed_again_is_not_dropped(server: Server, folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Completions through the official client."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import openai
 import pytest
 
@@ -109,6 +112,49 @@ def test_echoed_logprobs_begin_with_the_prompt_s(server: Server) -> None:
     assert logprobs.top_logprobs[0] is None
     assert len(logprobs.tokens) == num_prompt + len(server.ids(" jumps")) + 1
     assert server.engine.requests[0].sampling.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_no_tokens_and_echo_answer_with_the_prompt_alone(
+    server: Server, make_adapter: Callable[..., Path], logprobs: int | None, stream: bool
+) -> None:
+    server.registry.push("bot", make_adapter())
+    client, given = server.client(), {"model": "bot", "prompt": "the fox", "logprobs": logprobs}
+    given |= {"max_tokens": 0, "echo": True}
+    if stream:
+        [chunk, last] = client.completions.create(
+            **given, stream=True, stream_options={"include_usage": True}
+        )
+        choice, usage = chunk.choices[0], last.usage
+    else:
+        reply = client.completions.create(**given)
+        choice, usage = reply.choices[0], reply.usage
+    ids = server.ids("the fox")
+    assert (choice.text, choice.finish_reason) == ("the fox", "length")
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), 0)
+    assert server.engine.requests[0].adapter is not None
+    if logprobs is None:
+        assert choice.logprobs is None
+    else:
+        assert choice.logprobs.tokens == [server.codec.text_of(token_id) for token_id in ids]
+        assert choice.logprobs.token_logprobs == [None, *[-0.5] * (len(ids) - 1)]
+
+
+def test_a_prompt_may_fill_the_context_where_no_tokens_are_to_follow(server: Server) -> None:
+    body = {"model": BASE, "prompt": [5] * MAX_MODEL_LEN, "max_tokens": 0, "echo": True}
+    assert server.http().post("/v1/completions", json=body).status_code == 200
+    reply = server.http().post("/v1/completions", json=body | {"prompt": [5] * (MAX_MODEL_LEN + 1)})
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_no_tokens_without_echo_or_of_an_unknown_adapter_are_refused(server: Server) -> None:
+    completions = server.client().completions
+    with pytest.raises(openai.BadRequestError, match="nothing to answer without echo=true"):
+        completions.create(model=BASE, prompt="fox", max_tokens=0)
+    with pytest.raises(openai.NotFoundError, match="gone"):
+        completions.create(model="gone", prompt="fox", max_tokens=0, echo=True)
+    assert server.engine.requests == []
 
 
 def test_prompt_logprobs_are_not_asked_for_without_echo(server: Server) -> None:

@@ -106,6 +106,28 @@ def test_a_path_that_does_not_serve_the_model_is_no_answer_by_another(
     wait_until(lambda: server.engine.dropped == [digest])  # no lease was left behind
 
 
+@pytest.mark.parametrize("path", [None, "merged"])
+def test_a_model_that_leaves_while_a_prompt_is_made_takes_no_request_along(
+    server: Server, digest: str, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    merge(server, digest)
+
+    async def run(num_chars: int, encode: Any, text: str) -> Any:
+        await server.services.merged.unload(digest)
+        return encode(text)
+
+    monkeypatch.setattr(server.services.codec, "run", run)
+    reply = ask(server, path=path)
+    if path is None:
+        assert (reply.status_code, reply.headers["x-serving-path"]) == (200, "adapter")
+        [request] = server.engine.requests
+        assert (request.weight_set, request.adapter is None) == ("", False)
+    else:
+        assert (reply.status_code, reply.json()["error"]["code"]) == (409, "path_not_available")
+        assert server.engine.requests == []
+    wait_until(lambda: server.registry.num_leases(digest) == 0)
+
+
 def test_a_path_that_there_is_not_is_named(server: Server, digest: str) -> None:
     reply = ask(server, path="fast")
     assert reply.status_code == 400

@@ -12,6 +12,8 @@ import pytest
 from adapters.manifest import AdapterNotFound
 from server.config import PromotionConfig
 from server.engine.messages import EngineStats
+from server.errors import engine_failed
+from server.promotion.jobs import Jobs
 from server.promotion.policy import Demote, Promote
 from tests.conftest import MakeAdapter
 from tests.server.api.harness import Server, serving, wait_until
@@ -289,6 +291,48 @@ def test_a_full_disk_ends_no_looking(
         wait_until(lambda: card(server)["path"] == "merged")  # the task goes on by itself
 
 
+def test_what_cannot_be_recovered_at_first_is_tried_again(
+    open_server: Open, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [OSError(28, "No space left on device")]
+    recover = Jobs.recover
+
+    def fail_once(jobs: Jobs) -> None:
+        if full:
+            raise full.pop()
+        recover(jobs)
+
+    monkeypatch.setattr(Jobs, "recover", fail_once)
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        post(server, "bot/promote", ROWS, 202)
+        wait_until(lambda: card(server)["path"] == "merged")  # the task goes on by itself
+
+
+def test_an_artifact_that_an_engine_died_of_is_not_the_next_one_s_end_too(
+    open_server: Open, merged: FakeMerged, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        deaths: list[str] = []
+
+        async def die(adapter_digest: str, artifact_digest: str, folder: Path) -> None:
+            deaths.append(adapter_digest)
+            server.engine.num_restarts += 1
+            raise engine_failed("The engine process ended.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(merged, "load", die)
+            post(server, "bot/promote", ROWS, 202)
+            settle(server, lambda: bool(deaths))
+            for _ in range(3):
+                look(server)
+        assert len(deaths) == 1
+        assert card(server)["message"] == "The engine process ended."
+        monkeypatch.setattr("server.api.weight_sets._RETRY_S", 0.0)
+        settle(server, lambda: card(server)["path"] == "merged")
+
+
 def test_a_damaged_artifact_is_not_served(
     open_server: Open, merged: FakeMerged, adapter: Path
 ) -> None:
@@ -308,18 +352,47 @@ def test_a_damaged_artifact_is_not_served(
         assert wait_ended(server)["path"] == "merged"
 
 
-def test_deleting_the_adapter_ends_its_promotion(
-    open_server: Open, adapter: Path, tmp_path: Path
+@pytest.mark.parametrize("path", ["", "/revisions/1"])
+def test_deleting_what_is_promoted_ends_its_promotion(
+    path: str, open_server: Open, adapter: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     with open_server(hang="gate") as server:
         server.registry.push("bot", adapter)
         post(server, "bot/promote", ROWS, 202)
         wait_until(lambda: card(server)["job"]["stage"] == "gate")
         pid = card(server)["job"]["pid"]
-        assert server.http().delete("/v1/adapters/bot").status_code == 200
+        server.registry.push("bot", make_adapter(r=2, seed=9))
+        assert server.http().delete(f"/v1/adapters/bot{path}").status_code == 200
         look(server)
         assert not Path(f"/proc/{pid}").exists()
         assert not any(path.is_dir() for path in (tmp_path / "store" / "promotions").iterdir())
+
+
+def test_what_a_job_registers_as_its_adapter_is_deleted_goes_too(
+    open_server: Open, adapter: Path, tmp_path: Path
+) -> None:
+    with open_server(hang="gate") as server:
+        digest = server.registry.push("bot", adapter).digest
+        post(server, "bot/promote", ROWS, 202)
+        wait_until(lambda: card(server)["job"]["stage"] == "gate")
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "config.json").write_text("{}")
+
+        async def delete() -> None:
+            async with server.services.promoter._changing:  # nobody looks in between
+                server.registry.delete("bot")
+                server.registry.artifacts.register(
+                    tmp_path / "made",
+                    adapter_digest=digest,
+                    base_digest="b" * 64,
+                    revision="bot@1",
+                    job="job",
+                    settings={},
+                    report={},
+                )
+
+        server.run(delete())
+        settle(server, lambda: server.registry.artifacts.every() == [])
 
 
 @pytest.mark.parametrize(
@@ -327,6 +400,14 @@ def test_deleting_the_adapter_ends_its_promotion(
     [
         ({}, "rows", "Nothing to calibrate on"),
         ({**ROWS, "rows": "x"}, "rows_jsonl", "exclude each other"),
+        (
+            {**ROWS, "eval_rows": "x", "eval_rows_jsonl": ""},
+            "eval_rows_jsonl",
+            "exclude each other",
+        ),
+        ({"text": "t", "eval_rows_jsonl": "{}"}, "eval_rows", "eval_rows without rows"),
+        ({**ROWS, "eval_rows": "/etc/passwd"}, "eval_rows", "beneath a folder that this server"),
+        ({**ROWS, "backend": "awq"}, "backend", "'auto', 'gptqmodel' or 'auto-round'"),
         ({"rows": "/etc/passwd"}, "rows", "beneath a folder that this server allows"),
         ({"rows": "http://host/rows"}, "rows", "never a URL"),
         ({"text": "missing.txt"}, "text", "names no file"),
@@ -381,15 +462,22 @@ def test_a_revision_that_is_not_there_is_not_promoted(promoting: Server) -> None
     assert error["message"] == "The adapter bot has no revision 7."
 
 
-def test_rows_may_be_a_file_beneath_an_allowed_root(
+def test_rows_may_be_files_beneath_an_allowed_root(
     open_server: Open, adapter: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "allowed" / "rows.jsonl").write_text(ROWS["rows_jsonl"])
+    given = {"rows": "rows.jsonl", "eval_rows": "rows.jsonl"}
     with open_server() as server:
         server.registry.push("bot", adapter)
-        post(server, "bot/promote", {"rows": "rows.jsonl"}, 202)
-        wait_ended(server)
-        post(server, "bot/promote", ROWS, 200)  # the same rows, given otherwise
+        for options, is_new in (
+            (given, True),
+            ({**ROWS, "eval_rows_jsonl": ROWS["rows_jsonl"]}, False),  # the same, given otherwise
+            ({**ROWS, "eval_rows_jsonl": "{}"}, True),
+            ({**given, "backend": "auto-round"}, True),
+            (ROWS, True),
+        ):
+            post(server, "bot/promote", options, 202 if is_new else 200)
+            wait_ended(server)
         (artifact,) = server.registry.artifacts.every()
         assert artifact.settings["asked"]["rows_sha256"]
 

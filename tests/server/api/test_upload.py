@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.config import AdapterConfig
-from tests.server.api.harness import Server, wait_until
+from tests.server.api.harness import Server, serving, wait_until
 
 BOUNDARY = "xyz"
 TYPE = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
@@ -100,3 +100,29 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, tmp_path: Path) 
     uploads = server.services.config.adapters.store / "uploads"
     assert server.http().get("/health").status_code == 200
     wait_until(lambda: not list(uploads.iterdir()), 10.0)  # the server notices in its own time
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body"),
+    [
+        ("/v1/adapters", TYPE["content-type"], CONFIG),
+        ("/v1/adapters", "application/json", b"{"),
+        ("/v1/completions", "application/json", b"{"),
+    ],
+)
+def test_a_client_that_sends_nothing_more_is_told_and_holds_nothing(
+    tiny_base: Path, tmp_path: Path, path: str, kind: str, body: bytes
+) -> None:
+    with serving(tiny_base, tmp_path / "store", stall_s=0.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n"
+            connection.sendall(f"{head}content-length: 1000\r\n\r\n".encode() + body)
+            reply = b""
+            while b"body_stalled" not in reply:
+                received = connection.recv(4096)
+                assert received, reply
+                reply += received
+        assert b" 408 " in reply.splitlines()[0]
+        uploads = server.services.config.adapters.store / "uploads"
+        wait_until(lambda: not list(uploads.glob("*")))

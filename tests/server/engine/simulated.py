@@ -275,7 +275,8 @@ class Simulation:
         assert not request.is_finished
         assert len(request.block_table) * size >= request.num_computed_tokens
         assert request.num_computed_tokens <= request.num_known_tokens + request.num_pending
-        assert len(request.output_ids) + request.num_pending <= request.sampling.max_tokens
+        num_sampled = len(request.output_ids) + request.num_pending
+        assert num_sampled <= max(request.sampling.max_tokens, 1)
         if request.adapter is not None:
             assert request.holds_adapter
             assert self.adapters.is_ready(request.adapter.digest)

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from adapters.manifest import BaseShape, Limits
 from adapters.registry import Registry
@@ -22,6 +25,7 @@ from server.engine.messages import AdapterEvent, AddRequest, RequestOutput
 from server.engine.request import AdapterRef, SamplingParams
 from server.engine.wire import encode_config
 from server.errors import ServeError
+from tests.server.engine.stub_engine import make_interpreter
 from tests.server.processes import is_alive
 
 ENDLESS = SamplingParams(max_tokens=480, temperature=0, ignore_eos=True)
@@ -190,6 +194,70 @@ async def test_a_base_that_cannot_be_loaded_says_why_and_is_not_tried_again(
     with pytest.raises(EngineStartError, match="GPT2LMHeadModel is not MistralForCausalLM"):
         await client.start()
     await client.close()
+
+
+@pytest.mark.parametrize("why", ["no interpreter", "no endpoint"])
+async def test_an_engine_that_no_process_can_be_started_for_is_told_and_leaves_nothing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str
+) -> None:
+    if why == "no interpreter":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+        says = "No such file or directory"
+    else:
+        (tmp_path / ("long" * 30)).mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+        says = "is longer than 107 characters"
+    client = EngineClient(config)
+    with pytest.raises(EngineStartError, match=f"3 times without serving; the last one .*{says}"):
+        await client.start()
+    await client.close()
+    assert client._context.closed
+    assert not Path(client._folder.name).exists()
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_an_engine_that_ends_at_once_is_tried_three_times(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+
+    async def start() -> None:
+        client = EngineClient(config)
+        with pytest.raises(EngineStartError, match=r"3 times .*; the last one ended with code 1$"):
+            await client.start()
+        await client.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(start())
+
+
+async def test_an_engine_that_is_about_to_end_takes_nothing_more_and_holds_nothing_up(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(make_interpreter(tmp_path, "leaves")))
+    async with running(config) as client:
+        cut = client.submit(request("cut"))
+        refused: ServeError | None = None
+        async with asyncio.timeout(20):
+            while refused is None:  # until it has let go of the socket
+                try:
+                    client.submit(request("late")).close()
+                except ServeError as error:
+                    refused = error
+                await asyncio.sleep(0.01)
+        assert (refused.status, refused.code) == (503, "engine_failed")
+        assert client.is_ready, "its process has not ended yet"
+        cut.close()
+        client.unpin_adapter("0" * 64)
+        with pytest.raises(ServeError, match="engine process ended"):
+            await client.load_adapter(AdapterRef("0" * 64, 8))
+        with pytest.raises(ServeError, match="engine process ended"):
+            await client.drop_adapter("0" * 64)
+        assert client._streams == {}
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
 
 
 @pytest.fixture

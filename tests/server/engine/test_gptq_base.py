@@ -146,7 +146,7 @@ class TestWeightSets:
     ) -> None:
         base_folder, gptq = changed(tiny_base, tmp_path, is_tied=is_tied)
         base = load_on_cpu(base_folder, "none", dtype)
-        found = load_weight_set(gptq, read_spec(gptq), base, no_progress)
+        found = load_weight_set(Checkpoint(gptq), read_spec(gptq), base)
         assert found.embedding is base.embedding
         assert found.lm_head is base.lm_head
         assert found.rotary is base.rotary
@@ -168,7 +168,7 @@ class TestWeightSets:
         monkeypatch.setattr(gpu_loader, "DTYPE", torch.float32)
         base_folder, gptq = changed(tiny_base, tmp_path, is_tied=is_tied)
         base = load_on_gpu(base_folder, "nf4")
-        found = load_gpu_weight_set(gptq, read_spec(gptq), base, no_progress)
+        found = load_gpu_weight_set(Checkpoint(gptq), read_spec(gptq), base)
         assert found.embedding is base.embedding
         assert found.lm_head is base.lm_head
         assert found.rotary is base.rotary
@@ -192,20 +192,14 @@ class TestWeightSets:
         tensors["model.embed_tokens.weight"][3, 2] += 1
         own = copy_of(gptq, tmp_path / "own", tensors)
         base = load_on_cpu(tiny_base, "none")
-        found = load_weight_set(own, read_spec(own), base, no_progress)
+        found = load_weight_set(Checkpoint(own), read_spec(own), base)
         assert torch.equal(found.lm_head.weight, tensors["lm_head.weight"])
         assert torch.equal(found.embedding, tensors["model.embed_tokens.weight"])
-
-    def test_progress_reaches_the_end(self, tiny_base: Path, gptq: Path) -> None:
-        seen: list[tuple[str, float]] = []
-        base = load_on_cpu(tiny_base, "none")
-        load_weight_set(gptq, read_spec(gptq), base, lambda *at: seen.append(at))
-        assert seen == [("loading the weight set", 0.5), ("loading the weight set", 1.0)]
 
     def test_an_unquantized_checkpoint_is_refused(self, tiny_base: Path) -> None:
         base = load_on_cpu(tiny_base, "none")
         with pytest.raises(ValueError, match="a weight set is a GPTQ checkpoint"):
-            load_weight_set(tiny_base, read_spec(tiny_base), base, no_progress)
+            load_weight_set(Checkpoint(tiny_base), read_spec(tiny_base), base)
 
     @pytest.mark.parametrize("field", ["rope_theta", "vocab_size", "num_kv_heads"])
     def test_another_shape_than_the_bases_is_refused(
@@ -214,9 +208,9 @@ class TestWeightSets:
         spec = read_spec(gptq)
         other = dataclasses.replace(spec, **{field: getattr(spec, field) * 2})
         with pytest.raises(ValueError, match=f"{field} is .* the base's is"):
-            load_weight_set(gptq, other, load_on_cpu(tiny_base, "none"), no_progress)
+            load_weight_set(Checkpoint(gptq), other, load_on_cpu(tiny_base, "none"))
         with pytest.raises(ValueError, match=f"{field} is .* the base's is"):
-            load_gpu_weight_set(gptq, other, load_on_gpu(tiny_base, "nf4"), no_progress)
+            load_gpu_weight_set(Checkpoint(gptq), other, load_on_gpu(tiny_base, "nf4"))
 
 
 def changed(tiny_base: Path, folder: Path, *, is_tied: bool) -> tuple[Path, Path]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from server.engine.request import AdapterRef, Request, SamplingParams
+from tests.random_mistral import random_mistral
 from tests.server.engine.conftest import Harness, MakeHarness
 from tests.server.engine.test_oracle import KINDS
 from tests.server.gptq_folder import quantize_folder
@@ -37,32 +37,19 @@ MORE_KINDS = KINDS | {
 @pytest.fixture(scope="session")
 def gpu_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mistral that the kernels can run: head size 64, grouped heads, a sliding window."""
-    config = transformers.MistralConfig(
+    return random_mistral(
+        tmp_path_factory.mktemp("gpu-base"),
+        std=0.08,
+        has_random_norms=True,
+        dtype=torch.bfloat16,
         vocab_size=VOCAB,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
         sliding_window=100,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.08)
-                else:
-                    parameter.uniform_(0.5, 1.5)
-    folder = tmp_path_factory.mktemp("gpu-base")
-    model.bfloat16().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

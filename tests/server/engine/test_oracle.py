@@ -263,15 +263,22 @@ def test_a_sliding_window_is_honoured(
     assert changed, "the window is too wide to matter here"
 
 
+@pytest.mark.parametrize("max_tokens", [2, 0])
 def test_prompt_logprobs_agree_with_the_oracle_in_chunks_too(
-    make_harness: MakeHarness, kinds: dict[str, Path], oracle: Oracle
+    max_tokens: int, make_harness: MakeHarness, kinds: dict[str, Path], oracle: Oracle
 ) -> None:
     harness = make_harness(scheduler={"max_step_tokens": 8, "max_running": 8})
     prompt = prompts(4, longest=40)[3]
-    sampling = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=3)
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=0, logprobs=3, prompt_logprobs=3, ignore_eos=True
+    )
 
     request = harness.add(prompt, harness.push(kinds["plain"]), sampling)
-    first = harness.run()[request.request_id][0]
+    outputs = harness.run()[request.request_id]
+    first = outputs[0]
+
+    assert sum(len(output.token_ids) for output in outputs) == max_tokens
+    assert sum(len(output.logprobs or ()) for output in outputs) == max_tokens
 
     assert first.prompt_logprobs is not None
     assert first.prompt_logprobs[0] is None

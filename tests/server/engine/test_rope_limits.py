@@ -55,6 +55,13 @@ def test_a_request_may_be_as_long_as_its_scaling_reaches_and_the_server_holds(
     assert problem == f"Prompt and completion need {longest + 1} tokens; the limit is {longest}."
 
 
+def test_a_prompt_may_fill_the_context_where_nothing_is_to_follow_it() -> None:
+    whole = msgspec.structs.replace(request(101, None), sampling=SamplingParams(max_tokens=0))
+    assert find_problem(whole, INFO) is None
+    below = msgspec.structs.replace(whole, sampling=SamplingParams(max_tokens=-1))
+    assert find_problem(below, INFO) == "max_tokens is -1; it must be at least 0."
+
+
 def test_an_engine_that_says_nothing_of_scaled_requests_takes_them_as_any_other() -> None:
     assert msgspec.structs.replace(INFO, max_scaled_len=0).longest(TENFOLD) == 100
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampler, token_logprobs
 from server.engine.sampler_reference import uniform
+from tests.interpreter import INTERPRETED
 
 EOS = 3
 MAX_RUNNING = 16
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then it is the GPU's kernel that samples
 Floats = npt.NDArray[np.float64]
 many_draws = pytest.mark.skipif(INTERPRETED, reason="takes the interpreter minutes")
 _times = itertools.count(1)

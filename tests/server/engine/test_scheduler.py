@@ -12,7 +12,7 @@ from hypothesis.stateful import (
 )
 
 from server.engine.request import AdapterRef, SamplingParams
-from tests.server.engine.simulated import EOS, Simulation
+from tests.server.engine.simulated import EOS, VOCAB, Simulation
 
 FEW = settings(stateful_step_count=40, deadline=None)
 MANY = settings(stateful_step_count=80, deadline=None)
@@ -57,7 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
         adapter=st.sampled_from(ADAPTERS),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(0, 12),
         ignore_eos=st.booleans(),
         tenant=st.sampled_from(["", "t"]),
     )
@@ -177,6 +177,23 @@ def test_a_prompt_whose_own_logprobs_are_wanted_takes_few_tokens_of_a_long_step(
     given = [[part.num_tokens for part in plan.chunks] for plan in simulation.runner.plans[:3]]
     assert given == [[512, 100], [512], [276]]
     assert other.output_ids
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", [1, 8, 9, 16])  # 9 leaves one token for the second step
+def test_a_request_for_no_tokens_ends_when_its_prompt_is_computed(
+    length: int, overlap: bool
+) -> None:
+    simulation = Simulation(max_step_tokens=8, num_blocks=4, overlap=overlap)
+    request = simulation.add([1] * length, max_tokens=0)
+    request.sampling = SamplingParams(max_tokens=0, stop_token_ids=tuple(range(VOCAB)))
+
+    simulation.run()
+
+    [output] = simulation.outputs[request.request_id]
+    assert (output.token_ids, output.logprobs, output.finish_reason) == ([], None, "length")
+    assert output.first is not None
+    assert sum(part.num_tokens for plan in simulation.runner.plans for part in plan.parts) == length
 
 
 def test_a_prompt_longer_than_a_step_neither_holds_up_decodes_nor_is_held_up() -> None:

@@ -135,7 +135,9 @@ def test_one_asked_for_again_before_it_left_stays(
     load(harness, "merged", folders[0])
     harness.add(PROMPT, weight_set="merged")
     harness.engine.drop_weight_set("merged")
-    assert load(harness, "merged", folders[0]).event == "loaded"
+    harness.engine.weight_sets.add("merged", folders[0])
+    told = harness.engine.weight_sets.take_events()
+    assert [event.event for event in told] == ["dropped", "loaded"]  # both askers have an answer
     harness.run()
     harness.engine.poll()
     assert "merged" in harness.engine.weight_sets
@@ -248,6 +250,45 @@ def test_a_load_asked_for_twice_is_made_and_told_once(folder: Path) -> None:
     poll_until(sets, lambda: "a" in sets, set())
     assert reads == [folder]
     assert [event.event for event in sets.take_events()] == ["loaded"]
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_one_dropped_while_it_is_read_leaves_nothing_and_both_askers_are_told(
+    folder: Path, ends_well: bool
+) -> None:
+    sets, _ = fake_sets()
+    if not ends_well:
+
+        def read(path: Path) -> ModelRunner:
+            raise ValueError("torn")
+
+        sets.load = read
+    sets.add("a", folder)
+    sets.drop("a")
+    assert sets.take_events() == []
+    poll_until(sets, lambda: not sets.is_loading, set())
+    assert [event.event for event in sets.take_events()] == ["failed", "dropped"]
+    assert "a" not in sets
+    assert sets.num_bytes == 0
+
+
+def test_one_dropped_while_it_is_read_and_asked_for_again_comes(folder: Path) -> None:
+    sets, _ = fake_sets()
+    for act in (sets.add, lambda digest, _: sets.drop(digest), sets.add):
+        act("a", folder)
+    poll_until(sets, lambda: "a" in sets, set())
+    assert [event.event for event in sets.take_events()] == ["dropped", "loaded"]
+    assert not sets.is_loading
+
+
+def test_a_checkpoint_that_goes_while_it_is_looked_at_fails_its_load_only(
+    tmp_path: Path,
+) -> None:
+    sets, _ = fake_sets()
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    sets.add("a", tmp_path)
+    (event,) = sets.take_events()
+    assert (event.event, "holds no safetensors" in event.message) == ("failed", True)
 
 
 def test_memory_that_runs_out_while_capturing_fails_the_load_only(

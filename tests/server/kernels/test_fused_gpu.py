@@ -5,18 +5,14 @@ one test here runs the others in a process of their own.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from server.kernels import fused
+from tests.interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 if INTERPRETED or HAS_GPU:
     from server.kernels import fused_gpu
@@ -35,18 +31,7 @@ SHAPES = [(4, 2, 16), (9, 3, 64), (32, 8, 128), (7, 1, 80)]  # heads, KV heads, 
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests below run here")
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 def test_the_kernels_are_right_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

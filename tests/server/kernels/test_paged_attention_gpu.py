@@ -5,8 +5,6 @@ it already: the interpreted tests run in a pytest of their own, which one test h
 """
 
 import itertools
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,12 +37,12 @@ from server.kernels.paged_attention import (
     PrefillChunk,
     paged_attention,
 )
+from tests.interpreter import INTERPRETED, run_interpreted
 
 pytest.importorskip("triton")
 paged_attention_gpu: Any = pytest.importorskip("server.kernels.paged_attention_gpu")
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_GPU = torch.cuda.is_available() and not IS_INTERPRETED
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 MAX_CHUNKS = 4
 
 # Of the result, relative; weights are rounded before they meet the values.
@@ -398,7 +396,7 @@ def compiled(kernel: Any, arch: int, constants: dict[str, int], **options: int) 
     return sys.modules["triton"].compile(source, target=target, options=options)
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="compiles what is not interpreted")
+@pytest.mark.skipif(INTERPRETED, reason="compiles what is not interpreted")
 @pytest.mark.parametrize(
     ("arch", "shared_kib", "is_large"),
     [(80, 163, True), (86, 99, False), (89, 99, False), (90, 227, True), (120, 99, False)],
@@ -424,21 +422,10 @@ def test_the_kernels_compile_for_each_architecture_and_fit_its_shared_memory(
 
 @pytest.mark.slow
 def test_the_kernels_pass_their_tests_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q"]
-    done = subprocess.run(
-        [*command, "-k", "TestInterpreted", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    assert "skipped" not in run_interpreted("-k", "TestInterpreted", __file__)
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="runs in the interpreter's own process")
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
 class TestInterpreted:
     LENGTHS = (1, 0, 15, 16, 17, 127, 128, 129, 300)
 

@@ -7,10 +7,7 @@ one test here runs the others in a process of their own, and the sampler's tests
 import importlib.util
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +21,8 @@ from server.engine.request import Request, SamplingParams
 from server.engine.sampler import Sampler
 from server.engine.sampler_reference import uniform
 from server.kernels.sampling_step import ROW, SamplerGpuStep
+from tests.interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
@@ -39,7 +36,6 @@ needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GP
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="one compilation a size on a GPU")
 
-ROOT = Path(__file__).parents[3]
 EOS, MAX_RUNNING = 3, 64
 FULL_VOCAB = 32000
 VOCAB = 37 if INTERPRETED else FULL_VOCAB  # no multiple of the interpreted tile
@@ -60,18 +56,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Any:
 @needs_triton
 @pytest.mark.slow
 def test_the_kernel_is_right_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, __file__, "tests/server/engine/test_sampler.py"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__, "tests/server/engine/test_sampler.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="it compiles")

@@ -16,7 +16,7 @@ from training.promotion_job import Job
 
 
 def start(store: Path) -> JobFolder:
-    return JobFolder.create(store, a_request(store), b"rows")
+    return JobFolder.create(store, a_request(store), {"rows": b"rows"})
 
 
 def run(folder: JobFolder) -> None:
@@ -67,7 +67,7 @@ def beginning(root: Path) -> None:
     """A job takes the place of an ended one."""
 
     def begin_again(store: Path) -> None:
-        JobFolder.create(store, a_request(store, job="job-2"), b"rows")
+        JobFolder.create(store, a_request(store, job="job-2"), {"rows": b"rows"})
 
     for store in survive(root, lambda store: run(start(store)), begin_again):
         sweep_promotions(store)

@@ -147,10 +147,15 @@ def test_jobs_of_different_revisions_take_turns(open_jobs: Open, tmp_path: Path)
 
 def test_cancel_ends_the_process_and_deletes_what_it_left(open_jobs: Open, tmp_path: Path) -> None:
     jobs = open_jobs(hang="quantize")
-    jobs.start(a_request(tmp_path), b"rows")
+    jobs.start(a_request(tmp_path), {"rows": b"rows", "eval_rows": b"held"})
     pid = in_stage(jobs, "quantize")
     folder = JobFolder.of(tmp_path, ADAPTER)
     assert (folder.path / "rows.jsonl").read_bytes() == b"rows"
+    assert (folder.path / "eval_rows.jsonl").read_bytes() == b"held"
+    kept = folder.request()
+    assert kept is not None
+    assert kept.rows == str(folder.path / "rows.jsonl")
+    assert kept.eval_rows == str(folder.path / "eval_rows.jsonl")
     assert (folder.path / "work" / "merge").exists()
     state = jobs.cancel(ADAPTER)
     assert (state.status, state.message) == ("cancelled", "cancelled by an operator")
@@ -318,9 +323,10 @@ def test_a_revision_that_is_gone_takes_its_job_along(open_jobs: Open, tmp_path: 
 def test_folders_nobody_can_read_are_deleted_when_the_server_starts(
     open_jobs: Open, tmp_path: Path, file: str
 ) -> None:
-    folder = JobFolder.create(tmp_path, a_request(tmp_path), None)
+    folder = JobFolder.create(tmp_path, a_request(tmp_path), {})
     (folder.path / file).write_text("{")
     (promotions_folder(tmp_path) / ".new-1").mkdir()
+    (promotions_folder(tmp_path) / ".not-ours").touch()
     open_jobs().recover()
     assert list(promotions_folder(tmp_path).iterdir()) == []
 
@@ -328,7 +334,7 @@ def test_folders_nobody_can_read_are_deleted_when_the_server_starts(
 def test_a_store_that_was_moved_takes_no_job_of_its_old_place_on(
     open_jobs: Open, tmp_path: Path
 ) -> None:
-    JobFolder.create(tmp_path, a_request(tmp_path / "elsewhere"), None)
+    JobFolder.create(tmp_path, a_request(tmp_path / "elsewhere"), {})
     jobs = open_jobs()
     jobs.recover()
     assert jobs.running() == []
@@ -348,6 +354,19 @@ def test_what_an_ended_job_left_is_deleted_when_the_server_starts(
     state = jobs.state(ADAPTER)
     assert state is not None
     assert state.status == "done"
+
+
+def test_two_that_look_at_an_ended_job_at_once_both_get_its_state(
+    open_jobs: Open, tmp_path: Path
+) -> None:
+    jobs = open_jobs()
+    jobs.start(a_request(tmp_path))
+    os.waitpid(jobs._children[ADAPTER], 0)  # as the other one does between our look and our wait
+    for _ in range(2):
+        state = jobs.state(ADAPTER)
+        assert state is not None
+        assert state.status == "done"
+    assert jobs._children == {}
 
 
 def test_a_process_is_not_mistaken_for_a_later_one_with_its_pid() -> None:

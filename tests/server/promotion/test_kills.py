@@ -45,7 +45,7 @@ def test_an_artifact_is_deleted_whole(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_was_finished_is_not_done_again(tmp_path: Path) -> None:
-    folder = JobFolder.create(tmp_path, a_request(tmp_path), None)
+    folder = JobFolder.create(tmp_path, a_request(tmp_path), {})
     (folder.path / "work").mkdir()
     (folder.path / "work" / "merge").write_text("what the first try made")
     Job(folder, stub_job.make).run()

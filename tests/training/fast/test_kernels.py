@@ -5,19 +5,15 @@ one test here runs the others in a process of their own.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from server.quant import nf4
+from tests.interpreter import INTERPRETED, run_interpreted
 from training.fast import ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available()
 if INTERPRETED or HAS_GPU:
     from training.fast import kernels
@@ -126,15 +122,4 @@ def test_a_linear_and_its_lora_are_written_where_they_belong(
 @pytest.mark.skipif(INTERPRETED or HAS_GPU, reason="the tests above run here")
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
 def test_the_kernels_are_right_in_tritons_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_interpreted(__file__)

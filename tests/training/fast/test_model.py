@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
+from tests.random_mistral import random_mistral
 from tests.training.conftest import MakeConfig
 from training.fast.layer import CHOICES
 from training.fast.model import FastModel, Options
@@ -24,27 +24,8 @@ MakeModel = Callable[..., Any]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mistral of 3 layers with weights and norms large enough to matter."""
-    config = transformers.MistralConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        sliding_window=None,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(config)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.normal_(std=0.15) if weight.ndim == 2 else weight.uniform_(0.5, 1.5)
     folder = tmp_path_factory.mktemp("fast-base")
-    model.save_pretrained(folder)
-    return folder
+    return random_mistral(folder, has_random_norms=True, intermediate_size=192, num_hidden_layers=3)
 
 
 @pytest.fixture
