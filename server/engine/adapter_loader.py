@@ -48,7 +48,7 @@ class AdapterLoader:
 
     @torch.inference_mode()
     def read(self, adapter: AdapterRef) -> PackedAdapter:
-        """Read one adapter; OSError or ValueError if its object is gone or damaged."""
+        """Read one adapter; ValueError for a damaged object, OSError for none or no memory."""
         path = self._objects / f"{adapter.digest}.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"adapter object {adapter.digest} is not in the store")
@@ -67,13 +67,14 @@ class AdapterLoader:
                 )
             if scaling_of(manifest.rope) != adapter.rope:
                 raise ValueError(f"adapter object {adapter.digest} has RoPE {manifest.rope}")
-            packed = _empty(
-                manifest,
-                self._base.spec,
-                self._page_rows,
-                self._dtype,
-                is_pinned=self._stream is not None,
-            )
+            is_pinned = self._stream is not None
+            try:
+                packed = _empty(
+                    manifest, self._base.spec, self._page_rows, self._dtype, is_pinned=is_pinned
+                )
+            except (MemoryError, RuntimeError) as error:  # torch's words for the same
+                text = f"no host memory for adapter object {adapter.digest}: {error}"
+                raise OSError(text) from error
             for module in manifest.modules:
                 self._place(module, stored, packed)
         return packed
