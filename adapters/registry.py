@@ -238,12 +238,12 @@ class Registry:
         with self._writing:
             revision = self._catalog.revision(name, number)
             published = self._catalog.published(name)
+            if len(self._catalog.revisions(name)) == 1:
+                raise AdapterConflict(f"{revision.id} is the only revision; delete the adapter.")
             if published[-1:] == (number,):
                 raise AdapterConflict(
                     f"{revision.id} is published; publish another revision first."
                 )
-            if len(self._catalog.revisions(name)) == 1:
-                raise AdapterConflict(f"{revision.id} is the only revision; delete the adapter.")
             left = [each for each, _ in itertools.groupby(n for n in published if n != number)]
             with self._rows.transaction():
                 self._rows.remove_revision(name, number, left)

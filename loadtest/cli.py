@@ -169,7 +169,7 @@ def run(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="How much worse is no worse.")] = 0.1,
 ) -> None:
-    """Replay a trace and report. Exits with 1 where a reply was wrong."""
+    """Replay a trace and report. Exits with 1 where a reply was wrong, or none was whole."""
     target = Target(
         url=url,
         endpoint=endpoint,
@@ -236,7 +236,7 @@ def compare(
     seed: Seed = 0,
     out: Out = DEFAULT_OUT,
 ) -> None:
-    """Compare two ways to be served, block by block in turn, and say when merging pays."""
+    """Compare two ways to be served; say when merging pays. They take turns, block by block."""
     if merged_gib and not kv_gib:
         raise ValueError("--merged-gib is the part of a KV cache: give --kv-gib too")
     default = Target(
@@ -396,7 +396,7 @@ def _leave(report: Report, out: Path) -> None:
 
 
 def _judge(report: RunReport, stored: RunReport | None, tolerance: float) -> None:
-    """Exit with 1 if replies were wrong, or worse than the stored run."""
+    """Exit with 1 if replies were wrong, none was whole, or they were worse than the stored run."""
     worse: Sequence[str] = []
     if stored is not None:
         worse = regressions(stored, report, tolerance)
@@ -404,7 +404,7 @@ def _judge(report: RunReport, stored: RunReport | None, tolerance: float) -> Non
             _say(f"differs from the stored run: {change}")
         for each in worse:
             Console(stderr=True).print(f"worse: {each}", style="red", markup=False)
-    if worse or report.has_wrong_replies:
+    if worse or report.has_wrong_replies or not report.outcomes["ok"]:
         raise typer.Exit(1)
 
 

@@ -27,6 +27,7 @@ from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_ABOUT = ("adapter", "request_id")  # what log calls pass as `extra`
 _LET_GO_S = 5  # after the drain, for what is no inference: uploads, promotions, half a request
 _LINES_TO_TRY = """
   curl {url}/v1/models
@@ -35,14 +36,16 @@ _LINES_TO_TRY = """
     -d '{{"model": "json", "messages": [{{"role": "user", "content": "{question}"}}]}}'
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "pirate", "stream": true, \\
+    -d '{{"model": "pirate", "stream": true,
          "messages": [{{"role": "user", "content": "{question}"}}]}}'
 """
 
 
 def run(config: Config, *, example_adapters: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C. ValueError says what an operator must change."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     check_listen(config.server)
     try:
         uvloop.run(_serve(config, example_adapters=example_adapters))
@@ -66,6 +69,7 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
             config, on_event=metrics.on_event, on_stats=metrics.on_stats, on_progress=on_progress
         )
         starting = asyncio.create_task(engine.start())
+        server: _Server | None = None
         try:
             # The engine loads in its own process meanwhile.
             app, registry = await asyncio.to_thread(
@@ -80,6 +84,9 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
         except BaseException:
             starting.cancel()
             await engine.close()
+            if server is not None:
+                server.should_exit = True
+                await asyncio.wait({serving})
             raise
     settle_heap()  # a scrape would set off a full collection
     _say_ready(console, config.model.name, url, example_adapters=example_adapters)
@@ -144,6 +151,14 @@ def _on_signal(call: Callable[[], object]) -> None:
         loop.add_signal_handler(number, call)
 
 
+class _Formatter(logging.Formatter):
+    """Lines end with the adapter and the request that they are about, where there is one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        found = (f"{name}={vars(record)[name]}" for name in _ABOUT if name in vars(record))
+        return " ".join((super().formatMessage(record).rstrip(), *found))
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handlers: a drain comes first."""
 
@@ -167,7 +182,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise ValueError(f"server.host {host}, port {port}: {error.strerror}") from error
+        raise ValueError(f"--host {host}, --port {port}: {error.strerror}") from error
     return listener
 
 

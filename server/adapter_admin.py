@@ -244,5 +244,7 @@ def _at(name: str) -> str:
 def error_text(response: httpx.Response) -> str:
     """The server's own message where there is one."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(response.json()["error"]["message"])
+        said = str(response.json()["error"]["message"])
+        hint = " (--api-key, or TURNOUT_API_KEY)" if response.status_code == 401 else ""
+        return said + hint
     return f"{response.request.url} answered {response.status_code}"

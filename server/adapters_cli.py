@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from server.adapter_admin import Card, open_admin
+from server.adapter_admin import Card, RemoteAdmin, open_admin
 from server.config import AdapterConfig, ModelConfig, state_folder
 from server.default_base import DEFAULT_BASE_NAME, ensure_default_base
 
@@ -64,6 +65,11 @@ def push(
         url=url,
         api_key=api_key,
     ) as admin:
+        if allow_other_base and isinstance(admin, RemoteAdmin):
+            raise ValueError(
+                "--allow-other-base is for a store that nobody serves; a server that holds it "
+                "takes such adapters when it was started with that option"
+            )
         card = admin.push(name, folder, publish=publish, allow_mismatch=allow_mismatch)
     for field, difference in card["mismatches"].items():
         Console(stderr=True).print(f"note: {field}: {difference}", style="yellow", markup=False)
@@ -126,7 +132,7 @@ def delete(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Forget an adapter or a revision; its bytes go with the last request that uses them."""
+    """Forget an adapter or a revision. Its bytes go with the last request that uses them."""
     name, at, number = model.partition("@")
     if at and not (number.isascii() and number.isdigit() and len(number) <= 9):
         raise ValueError(f"{model!r} names no revision; NAME@2 does")
@@ -176,14 +182,18 @@ def _print_table(columns: Sequence[str], cards: Sequence[Card], when_empty: str)
     if not cards:
         _say(when_empty)
         return
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         is_number = column not in ("name", "digest", "created", "pinned")
         title = column.removeprefix("num_").replace("_", " ")
-        table.add_column(title, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
     for card in cards:
         table.add_row(*(_cell(column, card.get(column)) for column in columns))
-    Console().print(table)
+    # As wide as it must be: a name that is cut cannot be copied.
+    console = Console()
+    whole = console.options.update(max_width=1_000)
+    width = max(console.width, console.measure(table, options=whole).maximum)
+    Console(width=width).print(table, crop=False, soft_wrap=True)
 
 
 def _cell(column: str, value: Any) -> str:

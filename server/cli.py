@@ -1,5 +1,6 @@
 """The `turnout` command. A subcommand imports what it runs, so that --help loads no torch."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -471,10 +472,14 @@ def new(
 def main(args: list[str] | None = None) -> None:
     """Run the command line; what the operator did wrong is one line on stderr and exit code 1."""
     _limit_spinning()
+    # On some CPUs bitsandbytes offers a package, in words that look like a failure.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(args)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"turnout: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"turnout: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(1)
 
 

@@ -64,7 +64,10 @@ def promote(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Make a model of its own for an adapter: merge, quantize, gate, register, serve."""
+    """Make a 4-bit model of its own for an adapter, and serve it.
+
+    It is merged, quantized, held against the adapter (the gate) and registered.
+    """
     make_base = functools.partial(base_config, base, base_name)
     options = {
         "merge_base": merge_base,
@@ -110,7 +113,7 @@ def demote(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Serve an adapter over the base again, and delete the model of its own."""
+    """Serve an adapter over the base again; delete its own model."""
     make_base = functools.partial(base_config, None, None)
     with open_promotions(adapter_config(store), make_base, url=url, api_key=api_key) as admin:
         card = admin.demote(name, revision, keep=keep)
@@ -126,7 +129,7 @@ def candidates(
     url: Url = None,
     api_key: ApiKey = None,
 ) -> None:
-    """List adapters by what promoting them would save; it may also lose, and then says so."""
+    """List adapters by what promoting them would save or lose."""
     make_base = functools.partial(base_config, None, None)
     with open_promotions(adapter_config(store), make_base, url=url, api_key=api_key) as admin:
         reply = admin.candidates(batch)
@@ -139,9 +142,10 @@ def candidates(
     for card in reply["data"]:
         table.add_row(*_row(card))
     Console().print(table)
+    rows = "1 row" if reply["batch"] == 1 else f"{reply['batch']} rows"
     _say(
         f"GPU-seconds saved over the recent {reply['recent_tokens']:,} tokens (half-life 6 h) "
-        f"in steps of {reply['batch']} rows; below 0 a merge costs more than it saves. "
+        f"in steps of {rows}; below 0 a merge costs more than it saves. "
         f"Step times: {reply['step_times']}."
     )
 

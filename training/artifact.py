@@ -17,6 +17,7 @@ from adapters.store import sync_folder
 from server.base_digest import base_digest as folder_digest
 from training.artifact_stages import SHARES, STAGES, Candidate, Recipe, Stage
 from training.calibration import Calibration, CalibrationOptions, load_calibration
+from training.folder_lock import locked
 from training.gate import GateReport, Thresholds
 from training.merge import sync_files, write_json
 from training.merge_adapter import MergeAdapter, open_adapter
@@ -27,6 +28,7 @@ from training.quantize_run import choose_backend, find_python
 
 ARTIFACT_FILE = "turnout.json"  # in the artifact's folder: `ArtifactReport.provenance`
 MERGE_BASES = ("original", "dequantized")
+_HINT = ". Backend auto-round rounds closer, and takes longer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +157,8 @@ def make_artifact(
         with claim(work, key):
             candidates = [Candidate(recipe, name, work / name) for name in merge_bases]
             reports = _make_all(candidates, thresholds, on_progress)
-            winner = _choose(candidates, reports)
+            hint = "" if tool == "auto-round" else _HINT
+            winner = _choose(candidates, reports, hint)
             provenance = _provenance(recipe, winner, reports, key)
             _publish(winner.quantized, provenance, out)
     shutil.rmtree(work, ignore_errors=True)
@@ -185,14 +188,14 @@ def _make_all(
     return reports
 
 
-def _choose(candidates: list[Candidate], reports: Mapping[str, GateReport]) -> Candidate:
+def _choose(candidates: list[Candidate], reports: Mapping[str, GateReport], hint: str) -> Candidate:
     """The candidate that passed with the lowest loss on the held-out rows. Raises GateFailed."""
     passed = [each for each in candidates if reports[each.merge_base].passed]
     if not passed:
         said = [f"{name} base: {'; '.join(each.failures)}" for name, each in reports.items()]
         raise GateFailed(
             {
-                "message": f"the quality gate failed. {'. '.join(said)}",
+                "message": f"the quality gate failed. {'. '.join(said)}{hint}",
                 "candidates": {name: each.to_json() for name, each in reports.items()},
             }
         )
@@ -251,16 +254,17 @@ def _opened(
     adapter: str, shape: BaseShape, store: Path, work: Path, allow_other_base: bool
 ) -> Iterator[MergeAdapter]:
     """The adapter, staged beside `work`, so that a folder can change and the call goes on."""
-    staged = work.parent / f".{work.name}-adapter"
-    shutil.rmtree(staged, ignore_errors=True)  # of a call that was killed
-    work.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open_adapter(
-            adapter, shape, store, staged, allow_other_base=allow_other_base
-        ) as opened:
-            yield opened
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    folder = work.parent / f".{work.name}-adapter"
+    with locked(folder):
+        staged = folder / "staged"
+        shutil.rmtree(staged, ignore_errors=True)  # of a call that was killed
+        try:
+            with open_adapter(
+                adapter, shape, store, staged, allow_other_base=allow_other_base
+            ) as opened:
+                yield opened
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(

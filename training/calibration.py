@@ -151,7 +151,13 @@ def _examples(
     renderer = Renderer(tokenizer, end_ids(model, tokenizer), config.loss)
     dataset = load_dataset(config, renderer)
     if options.eval_rows is not None:
-        return dataset.training, dataset.evaluation, "eval_rows"
+        before = load_dataset(config.model_copy(update={"eval_data": None}), renderer)
+        is_same = before.fingerprint == training.get("data_fingerprint")
+        unseen = set(before.evaluation) if is_same else set()
+        kept = [example for example in dataset.training if example not in unseen]
+        if not kept:
+            raise ValueError(f"every row of {options.rows} is held out; none is left to look at")
+        return kept, dataset.evaluation, "eval_rows"
     if dataset.fingerprint == training.get("data_fingerprint") and dataset.evaluation:
         return dataset.training, dataset.evaluation, "training"
     every = [*dataset.training, *dataset.evaluation]

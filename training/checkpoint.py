@@ -53,6 +53,8 @@ class CheckpointFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{checkpoint.state.step:08}.pt"
         scratch = path.with_suffix(".partial")
+        for left in self.folder.glob("*.partial"):  # of a process that was killed
+            left.unlink()
         content = {
             "fingerprint": checkpoint.fingerprint,
             "state": asdict(checkpoint.state),
@@ -80,7 +82,7 @@ class CheckpointFolder:
         content = torch.load(files[-1], map_location="cpu", weights_only=True)
         if content["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{files[-1]} is of a run with other settings or data; go on with those, or train "
-                "into another folder"
+                f"{files[-1]} is of a run with other settings, data or base; go on with those, or "
+                "train into another folder"
             )
         return Checkpoint(**{**content, "state": RunState(**content["state"])})

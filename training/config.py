@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,12 +12,13 @@ from training.old_names import MICRO_BATCH, RENAMED, field_of, translate
 
 TargetPreset = Literal["all-linear", "attention", "mlp"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
+_PATHS = ("base", "data", "eval_data", "out")
 
 
 class TrainConfig(BaseModel):
     """One run. Two equal configs over equal data give equal adapters on a CPU."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: Path = Field(description="Checkpoint folder of the base.")
     data: Path = Field(description="Rows: .jsonl, .json, .csv, .parquet or a datasets folder.")
@@ -68,7 +69,9 @@ class TrainConfig(BaseModel):
     rank_pattern: dict[str, int] = Field(
         default_factory=dict, description="Ranks of single linears, by the end of their name."
     )
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="The same for alpha.")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="The same for alpha."
+    )
     rope_scaling: dict[str, Any] | None = Field(
         default=None,
         description="Longer context: type (linear or yarn), factor; served with the adapter.",
@@ -137,6 +140,8 @@ class TrainConfig(BaseModel):
     def _check(self) -> "TrainConfig":
         if self.packing and self.group_lengths:
             raise ValueError("packing and group_lengths exclude each other; packing pads less")
+        if not self.targets:
+            raise ValueError("targets is empty; name all-linear, attention, mlp, or linears")
         if self.patience and not (self.eval_data or self.eval_fraction):
             raise ValueError("patience needs eval_data or eval_fraction above 0")
         return self
@@ -151,6 +156,8 @@ def make_config(settings: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
     for name in ours:
         if name not in TrainConfig.model_fields:
             raise ValueError(f"{name!r} is not a setting of a training run{_nearest(name)}")
+        if isinstance(ours[name], bool) and not _is_switch(name):
+            raise ValueError(f"{name} is {ours[name]}; it needs a value, it is no switch")
     for name, presets in (("targets", get_args(TargetPreset)), ("report_to", ("auto", "none"))):
         if isinstance(ours.get(name), str) and ours[name] not in presets:
             ours[name] = tuple(part.strip() for part in ours[name].split(","))
@@ -163,21 +170,24 @@ def make_config(settings: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file; paths in it are relative to its folder."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+        _check_named_once(yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f"{path} must hold settings, a line each, as `rank: 16`")
     for name, value in settings.items():
-        if field_of(name) in ("base", "data", "eval_data", "out") and isinstance(value, str):
+        if field_of(name) in _PATHS and isinstance(value, str):
             settings[name] = str(path.parent / value)
     return settings
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:
-    """`--rank 8 --use-dora --loss=all` as settings; values are read as YAML, a bare name is true.
+    """`--rank 8 --use-dora --loss=all` as settings; a bare name is true.
 
-    Raises ValueError for a word that belongs to no option, and for an option given twice.
+    Values are read as YAML, save the system prompt and paths, which are taken as they are. Raises
+    ValueError for a word that belongs to no option, and for an option given twice.
     """
     settings: dict[str, Any] = {}
     index = 0
@@ -195,8 +205,33 @@ def parse_options(words: list[str]) -> dict[str, Any]:
             name, text, equals = name[3:], "false", "="
         if name in settings:
             raise ValueError(f"--{name.replace('_', '-')} is given twice")
-        settings[name] = yaml.safe_load(text) if equals else True
+        settings[name] = _value(name, text) if equals else True
     return settings
+
+
+def _value(name: str, text: str) -> Any:
+    """An option's value: YAML would cut a prompt at ` #` and join its lines."""
+    if field_of(name) in (*_PATHS, "system") and text != "null":
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} is {text!r}, which is not YAML: {error}") from None
+
+
+def _check_named_once(settings: yaml.Node | None) -> None:
+    """YAML would take the last of several lines for one setting."""
+    if isinstance(settings, yaml.MappingNode):
+        names = [key.value for key, _ in settings.value]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise yaml.YAMLError(f"{name} is given twice")
+
+
+def _is_switch(name: str) -> bool:
+    kind = TrainConfig.model_fields[name].annotation
+    return bool in (kind, *get_args(kind))
 
 
 def _nearest(name: str) -> str:

@@ -98,6 +98,11 @@ def load_dataset(config: TrainConfig, renderer: Renderer) -> Dataset:
             raise ValueError(f"every row of {config.data} is in {config.eval_data} too")
     else:
         training, evaluation = split(examples, config.eval_fraction, config.seed)
+        if config.patience and not evaluation:
+            raise ValueError(
+                f"patience is {config.patience}, but {config.data} has too few different rows to "
+                "hold one out"
+            )
     return Dataset(
         training=tuple(training),
         evaluation=tuple(evaluation),
@@ -123,6 +128,9 @@ def split(
     for group in order[:-1]:  # one group at least is left to train on
         if len(held) + len(group) <= wanted:
             held.update(group)
+    if wanted and not held and len(order) > 1:  # every row has more equals than that
+        fewest = min(order[:-1], key=len)
+        held.update(fewest)
     training = [example for index, example in enumerate(examples) if index not in held]
     return training, [examples[index] for index in sorted(held)]
 

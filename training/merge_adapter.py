@@ -109,7 +109,10 @@ def open_adapter(
     folder = Path(source)
     if not (folder / CONFIG_FILE).is_file():
         if folder.is_dir():
-            raise AdapterNotFound(f"The adapter folder {source} holds no {CONFIG_FILE}.")
+            raise AdapterNotFound(
+                f"The adapter folder {source} holds no {CONFIG_FILE}. If the store's adapter of "
+                f"that name is meant, say {folder.name}@REVISION."
+            )
         yield _from_store(source, base, store, allow_other_base=allow_other_base)
         return
     with contextlib.closing(Store.open(scratch)) as staging:

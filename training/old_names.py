@@ -1,5 +1,6 @@
 """Argument names of other tools' tutorials, and what they are called here."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,7 @@ _Translation = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
 
 def _strategy(every: str) -> _Translation:
     def translate(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
+        value = "no" if value is False else value  # as YAML reads it
         if value == "no" and every == "eval_every":
             return {"eval_fraction": 0.0}
         if value not in ("epoch", "steps"):
@@ -63,11 +65,21 @@ def _strategy(every: str) -> _Translation:
     return translate
 
 
-def _only(expected: tuple[Any, ...], then: Mapping[str, Any], else_: Mapping[str, Any]) -> Any:
+def _switch(then: Mapping[str, Any], else_: Mapping[str, Any]) -> _Translation:
+    """Null and auto are other tools' words for the default."""
+
     def translate(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(then if value in expected else else_)
+        if value in (None, "auto"):
+            return {}
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is neither true nor false")
+        return dict(then if value else else_)
 
     return translate
+
+
+def _ignored(_: Any, __: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 def _always(*same: Any) -> _Translation:
@@ -91,8 +103,11 @@ def _compute_dtype(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _accumulation(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    micro = given.get("micro_batch", MICRO_BATCH)
-    return {"batch_size": int(value) * int(micro)}
+    counts = {"it": value, "micro_batch": given.get("micro_batch", MICRO_BATCH)}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not str(count).isdecimal():
+            raise ValueError(f"{name} is {count!r}, which is no whole number")
+    return {"batch_size": math.prod(map(int, counts.values()))}
 
 
 def _optim(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def _optim(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
         "adamw_bnb_8bit": "paged_adamw_8bit",
         "paged_adamw_32bit": "paged_adamw",
     }
-    return {"optimizer": known.get(value, value)}
+    return {"optimizer": known.get(str(value), value)}
 
 
 def _text_field(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,29 +129,29 @@ def _text_field(value: Any, _: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TRANSLATED: dict[str, _Translation] = {
-    "assistant_only_loss": _only((True,), {"loss": "assistant"}, {}),
-    "bf16": _only((True,), {"dtype": "bf16"}, {}),
+    "assistant_only_loss": _switch({"loss": "assistant"}, {}),
+    "bf16": _switch({"dtype": "bf16"}, {}),
     "bias": _always("none"),
     "bnb_4bit_compute_dtype": _compute_dtype,
     "bnb_4bit_quant_type": _always("nf4"),
     "bnb_4bit_use_double_quant": _always(True),
-    "completion_only_loss": _only((True,), {"loss": "completion"}, {"loss": "all"}),
+    "completion_only_loss": _switch({"loss": "completion"}, {"loss": "all"}),
     "dataset_text_field": _text_field,
     "eval_strategy": _strategy("eval_every"),
     "evaluation_strategy": _strategy("eval_every"),
-    "fp16": _only((True,), {"dtype": "fp16"}, {}),
+    "fp16": _switch({"dtype": "fp16"}, {}),
     "gradient_accumulation_steps": _accumulation,
     "load_best_model_at_end": _always(True),
-    "load_in_4bit": _only((True,), {"quantization": "nf4"}, {"quantization": "none"}),
+    "load_in_4bit": _switch({"quantization": "nf4"}, {"quantization": "none"}),
     "load_in_8bit": _always(False),
-    "logging_steps": _only((), {}, {}),  # every step is logged
+    "logging_steps": _ignored,  # every step is logged
     "lora_bias": _always("none", False),
     "lr_scheduler": _schedule,
     "lr_scheduler_type": _schedule,
     "optim": _optim,
     "save_strategy": _strategy("save_every"),
     "task_type": _always("CAUSAL_LM"),
-    "train_on_inputs": _only((True,), {"loss": "all"}, {"loss": "assistant"}),
+    "train_on_inputs": _switch({"loss": "all"}, {"loss": "assistant"}),
 }
 
 

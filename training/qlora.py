@@ -5,6 +5,7 @@ from server.quant import nf4  # first, since it quiets a logger of bitsandbytes
 # isort: split
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,13 @@ def skeleton(base: Path) -> Any:
     """The base's modules without their weights."""
     if not (base / "config.json").is_file():
         raise ValueError(f"base is {str(base)!r}; it must be a folder that holds config.json")
-    model_type = json.loads((base / "config.json").read_text(encoding="utf-8")).get("model_type")
+    stored = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    model_type = stored.get("model_type")
+    if stored.get("quantization_config"):
+        raise ValueError(
+            f"base is {str(base)!r}, which is quantized already; name the 16-bit checkpoint that "
+            "it was made from"
+        )
     if model_type not in ("mistral", "llama"):
         raise ValueError(f"{base}: model_type is {model_type!r}; mistral and llama are trained")
     with torch.device("meta"):
@@ -71,9 +78,12 @@ def load_base(
     `is_packed` keeps the 4 bits in memory (by default on a GPU); else linears hold the values that
     the codes stand for, in `dtype`, as the server's do on a CPU: the same numbers either way.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise ValueError(f"the base {folder} lacks {', '.join(sorted(found['missing_keys'])[:3])}")
     model.requires_grad_(False)
     model.config.use_cache = False
     if quantization == "nf4":
@@ -137,7 +147,10 @@ def trained_ranks(config: TrainConfig, linears: Linears) -> dict[str, int]:
         ("alpha_pattern", config.alpha_pattern),
         ("rank_pattern", config.rank_pattern),
     ):
-        keys = {name: get_pattern_key(list(pattern), name) for name in chosen}
+        try:
+            keys = {name: get_pattern_key(list(pattern), name) for name in chosen}
+        except re.error as error:
+            raise ValueError(f"{field} has a key that is no regular expression: {error}") from None
         for key in set(pattern) - set(keys.values()):
             raise ValueError(f"{field} names {key!r}, which is no linear that is trained")
         ranks = {name: int(pattern.get(keys[name], config.rank)) for name in chosen}

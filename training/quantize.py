@@ -98,6 +98,7 @@ def quantize(
         found = json.loads((options.out / PROVENANCE_FILE).read_text(encoding="utf-8"))
         if found.get("key") != key:
             raise ValueError(f"--out is {str(options.out)!r}, which exists; name a new folder")
+        shutil.rmtree(options.work_folder, ignore_errors=True)  # of a run killed at its very end
         return dict(found)
     python = find_python(options.python, options.tool)
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,12 +165,20 @@ def assemble(model: Path, made: Path, finished: Path) -> None:
     (finished / "model.safetensors.index.json").unlink(missing_ok=True)  # of the model's shards
     for path in made.iterdir():
         if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-            os.link(path, finished / path.name)
+            _link(path, finished / path.name)
     theirs = json.loads((made / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     settings = without_paths(theirs)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     write_json(finished / "config.json", config | {"quantization_config": settings})
     write_json(finished / "quantize_config.json", settings)
+
+
+def _link(path: Path, new: Path) -> None:
+    """Give the file a second name; a copy, where the file system has no links or is another one."""
+    try:
+        os.link(path, new)  # symbolic links are refused by GPTQModel
+    except OSError:
+        shutil.copyfile(path, new)
 
 
 def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
@@ -211,10 +220,7 @@ def _stage(
     source.mkdir()
     copy_side_files(options.model, source, None)
     for path in options.model.glob("*.safetensors"):
-        try:
-            os.link(path, source / path.name)  # symbolic links are refused by GPTQModel
-        except OSError:  # another file system
-            shutil.copyfile(path, source / path.name)
+        _link(path, source / path.name)
     config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
     window = config.pop("sliding_window", None) or MAX_SAMPLE_TOKENS
     config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}

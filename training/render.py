@@ -91,11 +91,13 @@ class Renderer:
         """Where the reply after these messages begins in `text`, if it can be told."""
         try:
             prompt = self._render(before, generate=True)
-        except RowRefused:  # some templates take no prompt without a question
+        except RowRefused:  # no question, or a template that takes no prompt without one
             return None
         return len(prompt) if text.startswith(prompt) else None
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
+        if not messages:
+            raise RowRefused("it begins with a reply")
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generate, tokenize=False

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from peft import PeftModel
 
 from adapters.folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
 from adapters.manifest import BaseShape
-from training.checkpoint import RunState
+from training.checkpoint import CHECKPOINTS, RunState
 from training.config import TrainConfig
 from training.data import Dataset
 from training.metrics import Generations
@@ -89,23 +90,32 @@ class Outcome:
 
 
 def write_adapter(model: PeftModel, outcome: Outcome, renderer: Renderer) -> None:
-    """Write adapter_config.json, adapter_model.safetensors, turnout.json and README.md."""
+    """Put adapter_config.json, adapter_model.safetensors, turnout.json and README.md in place.
+
+    They are written whole beside their place; the first, without which the folder is no adapter,
+    comes last: an adapter without its notes would be served with the base's own RoPE.
+    """
     config, weights = outcome.config, trained(model)
     num_trainable = sum(weight.numel() for weight in weights.values())
     model.peft_config["default"].base_model_name_or_path = outcome.base_name
     dtype = torch.bfloat16 if config.save_dtype == "bf16" else torch.float32
     for weight in weights.values():
         weight.data = weight.data.to(dtype)
+    scratch = config.out / CHECKPOINTS / "result"
+    shutil.rmtree(scratch, ignore_errors=True)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         # No look-up of the base by its name, which is no path.
-        model.save_pretrained(str(config.out), save_embedding_layers=False)
+        model.save_pretrained(str(scratch), save_embedding_layers=False)
     for weight in weights.values():
         weight.data = weight.data.float()
     notes = sidecar(outcome, renderer, num_trainable)
     text = json.dumps(notes, indent=2, ensure_ascii=False) + "\n"
-    (config.out / SIDECAR_FILE).write_text(text, encoding="utf-8")
+    (scratch / SIDECAR_FILE).write_text(text, encoding="utf-8")
     card = model_card(outcome, renderer, num_trainable)
-    (config.out / CARD_FILE).write_text(card, encoding="utf-8")
+    (scratch / CARD_FILE).write_text(card, encoding="utf-8")
+    for name in (WEIGHTS_FILE, SIDECAR_FILE, CARD_FILE, CONFIG_FILE):
+        (scratch / name).replace(config.out / name)
+    scratch.rmdir()
 
 
 def sidecar(outcome: Outcome, renderer: Renderer, num_trainable: int) -> dict[str, Any]:

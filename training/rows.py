@@ -10,6 +10,7 @@ from typing import Any
 
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant")
+_MAX_CELL = 2**31 - 1  # characters of a CSV's cell; Python's own limit is 131,072
 _FIELDS = {
     "chat": ("messages",),
     "instruction": ("instruction", "output"),
@@ -53,7 +54,14 @@ def read_rows(path: Path) -> Iterator[Row | RowRefused]:
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix not in readers:
         raise ValueError(f"{path} ends in none of {', '.join(readers)}")
-    return iter(readers[path.suffix](path))
+    return _decoded(path, readers[path.suffix](path))
+
+
+def _decoded(path: Path, rows: Iterator[Row | RowRefused]) -> Iterator[Row | RowRefused]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
 
 
 def to_document(row: Row, kind: str, system: str | None) -> Chat | Text:
@@ -90,9 +98,16 @@ def _kind(row: Row) -> str:
 
 
 def _text(row: Row, field: str) -> str:
-    if not isinstance(row[field], str):
-        raise RowRefused(f"{field} is not a text")
-    return str(row[field])
+    return _checked(row[field], field)
+
+
+def _checked(value: Any, what: str) -> str:
+    """A text that can be tokenized and written down again."""
+    if not isinstance(value, str):
+        raise RowRefused(f"{what} is not a text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowRefused(f"{what} holds half a character (a surrogate without the other)")
+    return value
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -105,10 +120,9 @@ def _messages(turns: Any, system: str | None) -> tuple[dict[str, str], ...]:
     for turn in turns:
         if turn.get("role") not in ROLES:
             raise RowRefused(f"role {str(turn.get('role'))[:20]!r} is not among {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
-            raise RowRefused("a message's content is not a text")
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise NoLabel("no message of the assistant")
+        _checked(turn.get("content"), "a message's content")
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+        raise NoLabel("no message of the assistant, or an empty one")
     known = [_turn(turn["role"], turn["content"]) for turn in turns]
     if system is not None and known[0]["role"] != "system":
         known.insert(0, _turn("system", system))
@@ -125,7 +139,7 @@ def _jsonl(path: Path) -> Iterator[Row | RowRefused]:
 def _parsed(line: str) -> Row | RowRefused:
     try:
         return _object(json.loads(line))
-    except ValueError:
+    except (ValueError, RecursionError):
         return RowRefused("not JSON")
 
 
@@ -136,7 +150,7 @@ def _object(value: Any) -> Row | RowRefused:
 def _json(path: Path) -> Iterator[Row | RowRefused]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(found, dict) and len(found) == 1:  # {"data": [...]}
         (found,) = found.values()
@@ -146,16 +160,23 @@ def _json(path: Path) -> Iterator[Row | RowRefused]:
 
 
 def _csv(path: Path) -> Iterator[Row | RowRefused]:
+    csv.field_size_limit(_MAX_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            if None in row:
-                yield RowRefused("more cells than the header has")
-                continue
-            if isinstance(row.get("messages"), str):  # a cell holds no list: JSON in it may
-                messages = _parsed(f'{{"messages": {row["messages"]}}}')
-                yield messages if isinstance(messages, RowRefused) else {**row, **messages}
-                continue
-            yield {**row}
+        reader = csv.DictReader(file, strict=True)  # or an open quote would swallow what follows
+        try:
+            for row in reader:
+                yield _csv_row(row)
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV after line {reader.line_num}: {error}") from None
+
+
+def _csv_row(row: dict[Any, Any]) -> Row | RowRefused:
+    if None in row:
+        return RowRefused("more cells than the header has")
+    if not isinstance(row.get("messages"), str):
+        return row
+    messages = _parsed(f'{{"messages": {row["messages"]}}}')  # a cell holds no list: JSON in it may
+    return messages if isinstance(messages, RowRefused) else {**row, **messages}
 
 
 def _parquet(path: Path) -> Iterator[Row | RowRefused]:

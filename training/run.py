@@ -21,6 +21,7 @@ from training.config import TrainConfig, make_config, parse_options, read_settin
 from training.data import Dataset, load_dataset
 from training.distributed import Group, start
 from training.fast.choice import choices
+from training.folder_lock import locked
 from training.metrics import Generations, compare, missing_libraries
 from training.old_names import field_of
 from training.plan import Plan, first_that_fits, make_plan, show_data, show_plan
@@ -120,9 +121,19 @@ def train(
     group: Group = Group(),  # noqa: B008  frozen
 ) -> Outcome:
     """Run to the end and write the result into the config's `out`."""
+    if not group.is_first:
+        return _train(prepared, base_digest, console, resume=resume, group=group)
+    out = prepared.config.out
+    _check_is_folder(out)
+    with locked(out):
+        claim(out, resume=resume, overwrite=overwrite)
+        return _train(prepared, base_digest, console, resume=resume, group=group)
+
+
+def _train(
+    prepared: Prepared, base_digest: str, console: Console, *, resume: bool, group: Group
+) -> Outcome:
     config = prepared.config
-    if group.is_first:
-        claim(config.out, resume=resume, overwrite=overwrite)
     disable_progress_bar()  # transformers' own
     with Tracking(config, chosen(config) if group.is_first else ()) as tracking:
         for where in tracking.where:
@@ -130,7 +141,7 @@ def train(
         with console.status("Loading the base"):
             model = _model(prepared)
         with Display(console, prepared.device, prepared.plan.steps.total) as display:
-            trainer = _trainer(model, prepared, group, display, tracking)
+            trainer = _trainer(model, prepared, base_digest, group, display, tracking)
             if resume and trainer.resume():
                 display.resumed(trainer.state.step)
             state = trainer.run()
@@ -169,7 +180,12 @@ def _model(prepared: Prepared) -> PeftModel:
 
 
 def _trainer(
-    model: PeftModel, prepared: Prepared, group: Group, display: Display, tracking: Tracking
+    model: PeftModel,
+    prepared: Prepared,
+    base_digest: str,
+    group: Group,
+    display: Display,
+    tracking: Tracking,
 ) -> Trainer:
     """A trainer whose steps are shown and tracked."""
 
@@ -186,6 +202,7 @@ def _trainer(
         say=display.say,
         on_step=on_step,
         group=group,
+        base_digest=base_digest,
     )
 
 
@@ -220,10 +237,14 @@ def _generations(model: PeftModel, prepared: Prepared, display: Display) -> Gene
     )
 
 
-def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `out` ready for a run. Raises ValueError where it holds what the run must not touch."""
+def _check_is_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {str(out)!r}, which is no folder")
+
+
+def claim(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make `out` ready for a run. Raises ValueError where it holds what the run must not touch."""
+    _check_is_folder(out)
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     folders = {CHECKPOINTS, TENSORBOARD}
     foreign = sorted(held - {*folders, *RESULT_FILES})

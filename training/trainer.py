@@ -29,6 +29,7 @@ Say = Callable[[str], None]
 Result = TypeVar("Result")
 _FIRST_SCALE = 2.0**16  # of the loss in fp16; halved where gradients overflow,
 _SCALE_STEPS = 1000  # and doubled after so many steps, up to where it was
+_MAX_LOSS = 709.0  # nats a token; past it no float holds the perplexity
 
 
 class Trainer:
@@ -50,13 +51,14 @@ class Trainer:
         say: Say = lambda _: None,
         on_step: OnStep = lambda _: None,
         group: Group = Group(),  # noqa: B008  frozen
+        base_digest: str = "",
         kernels: Choice | None = None,  # None: those that take the least memory
     ) -> None:
         if group.size > config.batch_size:
             raise ValueError(
                 f"batch_size is {config.batch_size}: too few rows for {group.size} processes"
             )
-        self._group = group
+        self._group, self._base_digest = group, base_digest
         self._config, self._model, self._data = config, model, dataset
         self._pad_id, self._device, self._say, self._on_step = pad_id, device, say, on_step
         causal: Any = model.base_model.model
@@ -262,6 +264,9 @@ class Trainer:
             return
         state = self.state
         loss = self.held_out_loss()
+        if not loss < _MAX_LOSS:  # NaN too
+            self._end_diverged(loss)
+            return
         state.evaluations.append({"step": state.step, "loss": loss, "perplexity": math.exp(loss)})
         if state.step and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
@@ -269,6 +274,18 @@ class Trainer:
         elif state.step:
             state.num_worse += 1
             state.is_stopped = 0 < self._config.patience <= state.num_worse
+
+    def _end_diverged(self, loss: float) -> None:
+        """End with the best adapter. ValueError where there is none yet."""
+        state = self.state
+        what = f"the held-out loss after step {state.step} is {loss}"
+        if state.best_loss is None:
+            raise ValueError(
+                f"{what}: lower learning_rate (now {self._config.learning_rate:g}), or set dtype "
+                "to fp32"
+            )
+        self._say(f"{what}: the run ends with the adapter of step {state.best_step}")
+        state.is_stopped = True
 
     def _save(self) -> None:
         if not self._group.is_first:
@@ -295,11 +312,13 @@ class Trainer:
                 weight.copy_(tensors[name])
 
     def _fingerprint(self) -> str:
-        """Of all that decides the outcome; where it is written and kept does not."""
+        """Of all that decides the outcome; where it is read, written and kept does not."""
         free = {"out", "data", "eval_data", "base", "keep_checkpoints", "save_every", "save_dtype"}
         free |= {"eval_generations", "generation_tokens", "report_to"}
         settings = self._config.model_dump_json(exclude=free)
-        return hashlib.sha256(f"{settings}{self._data.fingerprint}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{settings}{self._data.fingerprint}{self._base_digest}".encode()
+        ).hexdigest()
 
     def _check_window(self) -> None:
         window = getattr(self._causal.config, "sliding_window", None)

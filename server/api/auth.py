@@ -56,7 +56,8 @@ def check_listen(config: ServerConfig) -> None:
     """Refuse to serve strangers without keys. Raises ValueError."""
     if config.api_keys is None and not _is_loopback(config.host):
         raise ValueError(
-            f"server.host is {config.host!r}, which others can reach; it needs server.api_keys"
+            f"server.host is {config.host!r}, which others can reach; it needs server.api_keys: "
+            "`turnout keys new`, then serve --api-keys FILE"
         )
 
 

@@ -3,6 +3,7 @@
 `load_weight_set` loads a second set of weights beside a base, for the same engine.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -87,12 +88,24 @@ def check_quantization(folder: Path, quantization: str) -> int4.GPTQFormat | Non
             f"{folder} holds a GPTQ checkpoint, 4 bits already: it is served with quantization "
             f"gptq, not {quantization}"
         )
+    if quantization == "nf4" and _is_merged(folder):
+        raise ValueError(
+            f"{folder} holds a base with an adapter merged into it, most of which NF4's rounding "
+            "would erase: serve it with quantization none, or `turnout quantize` it first"
+        )
     if quantization == "gptq" and not found:
         raise ValueError(
             f"{folder} holds no GPTQ checkpoint, as quantization gptq wants it, but an unquantized "
             "one; nf4 and none serve those"
         )
     return found
+
+
+def _is_merged(folder: Path) -> bool:
+    """Whether `turnout merge` made the folder."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads((folder / "turnout.json").read_bytes())["kind"] == "merged")
+    return False
 
 
 def check_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: ModelSpec) -> None:

@@ -142,6 +142,14 @@ def test_a_wrong_reply_is_exit_code_1(loadtest: Loadtest, tmp_path: Path, stub: 
     assert "3 x wrong token_count" in loadtest("run", "--url", stub.url, "--trace", "t", code=1)
 
 
+def test_a_run_without_one_whole_reply_is_exit_code_1(
+    loadtest: Loadtest, tmp_path: Path, stub: Stub
+) -> None:
+    stub.default = Behaviour(status=500)
+    write_trace(tmp_path / "t", lines(3))
+    assert "no reply is ok" in loadtest("run", "--url", stub.url, "--trace", "t", code=1)
+
+
 def test_the_gate_passes_an_equal_run_and_fails_a_worse_one(
     loadtest: Loadtest, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

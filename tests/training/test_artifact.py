@@ -131,6 +131,22 @@ def test_the_same_making_gives_the_same_bytes(make: Make, place: Path) -> None:
         assert path.read_bytes() == (second.folder / path.name).read_bytes(), path.name
 
 
+def test_a_second_call_beside_the_first_is_refused_and_does_it_no_harm(
+    make: Make, place: Path
+) -> None:
+    refused: list[str] = []
+
+    def again(progress: Progress) -> None:
+        if progress.stage == "merge":
+            with pytest.raises(ValueError, match="another process is at work in") as found:
+                make()
+            refused.append(str(found.value))
+
+    assert make(on_progress=again).folder.is_dir()
+    assert len(refused) == 1
+    assert names(place) == {"artifact"}
+
+
 def test_progress_never_falls_and_names_every_stage(make: Make) -> None:
     told: list[Progress] = []
     make(merge_base="auto", on_progress=told.append)

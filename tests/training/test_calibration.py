@@ -91,6 +91,21 @@ def test_held_out_rows_may_have_a_file_of_their_own(
         load(chat_base, rows=rows_file, training={"settings": {"eval_data": "own.jsonl"}})
 
 
+def test_rows_that_training_held_out_stay_out_beside_others_of_their_own(
+    make: MakeConfig, tokenizer: Any, chat_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    config = make(eval_fraction=0.4, seed=3)
+    dataset = dataset_of(config, tokenizer)
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"instruction": "Another.", "output": "one"}) + "\n")
+    training = {"settings": settings, "data_fingerprint": dataset.fingerprint}
+    found = load(chat_base, rows=rows_file, eval_rows=own, training=training)
+    assert len(found.held_out) == 1
+    assert not any(holds(found, example.ids) for example in dataset.evaluation)
+    assert all(holds(found, example.ids) for example in dataset.training)
+
+
 def test_the_seed_alone_decides_what_is_taken(chat_base: Path, text_file: Path) -> None:
     first, again, other = (
         load(chat_base, text=text_file, num_tokens=512, seed=seed) for seed in (1, 1, 2)

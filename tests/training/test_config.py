@@ -58,6 +58,10 @@ def test_what_is_missing_or_wrong_is_said_with_its_name_and_value() -> None:
     [
         ({"packing": True, "group_lengths": True}, "packing and group_lengths exclude"),
         ({"patience": 2, "eval_fraction": 0}, "patience needs eval_data"),
+        ({"targets": []}, "targets is empty"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern is 0: input should be greater"),
+        ({"alpha": float("inf")}, "alpha is inf: input should be a finite"),
+        ({"warmup": float("inf")}, "warmup is inf: input should be a finite"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -92,6 +96,7 @@ def test_every_old_name_is_taken_with_a_hint(old: str, ours: str) -> None:
     [
         ("evaluation_strategy", "epoch", {"eval_every": 0}),
         ("eval_strategy", "no", {"eval_fraction": 0.0}),
+        ("eval_strategy", False, {"eval_fraction": 0.0}),  # YAML's reading of `no`
         ("save_strategy", "epoch", {"save_every": 0}),
         ("gradient_accumulation_steps", 8, {"batch_size": 32}),
         ("optim", "adamw_torch", {"optimizer": "adamw"}),
@@ -103,6 +108,8 @@ def test_every_old_name_is_taken_with_a_hint(old: str, ours: str) -> None:
         ("bf16", False, {"dtype": "auto"}),
         ("completion_only_loss", True, {"loss": "completion"}),
         ("completion_only_loss", False, {"loss": "all"}),
+        ("completion_only_loss", None, {"loss": "assistant"}),
+        ("bf16", "auto", {"dtype": "auto"}),
         ("assistant_only_loss", True, {"loss": "assistant"}),
         ("train_on_inputs", True, {"loss": "all"}),
         ("dataset_text_field", "text", {"format": "text"}),
@@ -144,6 +151,12 @@ def test_accumulation_multiplies_the_micro_batch_wherever_it_stands() -> None:
         ({"load_in_4bit": True, "quantization": "none"}, "load_in_4bit contradicts quantization"),
         ({"rank": 4, "lora_r": 8}, "rank is given twice, once as lora_r"),
         ({"optim": "sgd"}, "optimizer is 'sgd'"),
+        ({"optim": ["adamw"]}, "optimizer is ['adamw']"),
+        ({"load_in_4bit": "true"}, "load_in_4bit: 'true' is neither true nor false"),
+        ({"save_strategy": False}, "save_strategy: 'no' is neither"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps: it is None, which"),
+        ({"gradient_accumulation_steps": 2.5}, "gradient_accumulation_steps: it is 2.5, which"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps: it is True, which"),
         ({"lr_scheduler_type": "polynomial"}, "schedule is 'polynomial'"),
         ({"load_in_8bit": True}, "load_in_8bit: it is True; here it is False in every run"),
         ({"bias": "all"}, "bias: it is 'all'; here it is 'none'"),
@@ -189,6 +202,39 @@ def test_options_of_the_command_line_are_settings() -> None:
 def test_words_that_are_no_option_are_refused(words: list[str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse_options(words)
+
+
+def test_a_prompt_on_the_command_line_is_taken_as_it_is() -> None:
+    for text in ("Ticket # 5: be brief", "first\nsecond", "[x", "no", '"quoted', " a "):
+        assert parse_options(["--system", text]) == {"system": text}
+    assert parse_options(["--output-dir", "2026-11-22"]) == {"output_dir": "2026-11-22"}
+    assert parse_options(["--system", "null"]) == {"system": None}
+
+
+def test_an_option_that_is_not_yaml_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^--target-modules is '@x', which is not YAML"):
+        parse_options(["--target-modules", "@x"])
+
+
+@pytest.mark.parametrize("name", ["rank", "learning_rate", "epochs", "alpha", "system", "out"])
+def test_a_value_that_was_forgotten_is_never_taken_for_one(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is True; it needs a value"):
+        made(**{name: True})
+    assert made(use_dora=True, gradient_checkpointing=False).use_dora
+
+
+def test_a_setting_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rank: 8\nepochs: 2\nrank: 16\n")
+    with pytest.raises(ValueError, match="rank is given twice"):
+        read(path)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"system: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML: 'utf-8' codec"):
+        read(path)
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:

@@ -130,6 +130,24 @@ def test_equal_rows_stay_on_one_side_of_the_split() -> None:
         assert 1 <= len(held) <= 4
 
 
+def test_rows_that_all_have_equals_are_held_out_too() -> None:
+    rows = [Example((i, i), (False, True), ends_turn=True) for i in range(4) for _ in range(3)]
+    training, held = split(rows, 0.05, 0)
+    assert (len(training), len(held)) == (9, 3)
+    assert not set(training) & set(held)
+    assert split(rows, 0.0, 0) == (rows, [])
+    assert split(rows[:3], 0.05, 0) == (rows[:3], [])  # one row, however often
+
+
+def test_patience_without_a_row_to_hold_out_is_refused(
+    make: MakeConfig, tokenizer: Any, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "a.jsonl", [{"text": "a b"}, {"text": "a b"}])
+    with pytest.raises(ValueError, match=r"patience is 2, but .*a\.jsonl has too few different"):
+        dataset_of(make(data=data, patience=2), tokenizer)
+    assert dataset_of(make(data=data), tokenizer).evaluation == ()
+
+
 def test_the_split_is_set_by_its_seed() -> None:
     rows = examples("abcdefghijklmnop")
     assert split(rows, 0.25, 1) == split(rows, 0.25, 1)

@@ -1,6 +1,7 @@
 """The base as it is served, and what of it is trained."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import modules as bnb_modules
+from safetensors.torch import load_file, save_file
 
 from server.quant import nf4
 from tests.training.conftest import MakeConfig, dataset_of
@@ -186,3 +188,30 @@ def test_the_hardware_chooses_the_dtype_unless_told(monkeypatch: pytest.MonkeyPa
         )
         assert pick_dtype("auto", torch.device("cuda")) == on_gpu
     assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_base_without_one_of_its_weights_is_refused(chat_base: Path, tmp_path: Path) -> None:
+    folder, name = tmp_path / "base", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(chat_base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {name}$"):
+        load_base(folder, "nf4", torch.float32, CPU)
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+def test_a_base_that_is_quantized_already_is_refused(
+    chat_base: Path, tmp_path: Path, method: str
+) -> None:
+    config = json.loads((chat_base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized already; name the 16-bit checkpoint"):
+        skeleton(tmp_path)
+
+
+def test_a_pattern_that_is_no_pattern_is_refused(chat_base: Path, make: MakeConfig) -> None:
+    linears = find_linears(skeleton(chat_base))
+    with pytest.raises(ValueError, match="rank_pattern has a key that is no regular expression"):
+        trained_ranks(make(rank_pattern={"q_proj(": 8}), linears)

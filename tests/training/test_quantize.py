@@ -195,6 +195,25 @@ def test_a_finished_run_is_recognised(run: Run, worker: Worker, out: Path) -> No
         run()
 
 
+def test_what_a_run_killed_at_its_very_end_left_is_removed(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(folder: Path) -> None:
+        if out.exists():
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_module, "sync_folder", kill)
+        with pytest.raises(Killed):
+            run()
+    assert names(out.parent) == {"quantized", ".quantized-unfinished"}
+    run()
+    assert names(out.parent) == {"quantized"}
+
+
 def test_two_processes_do_not_share_an_unfinished_run(run: Run, worker: Worker, out: Path) -> None:
     worker.failures = 1
     with pytest.raises(WorkerFailed):
@@ -266,3 +285,14 @@ def test_the_group_size_is_checked_before_anything_is_written(
         run(group_size=128)
     assert not worker.jobs
     assert not out.parent.exists()
+
+
+def test_a_file_system_without_links_gets_copies(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, new: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    expected = run(out=out.with_name("linked"))
+    monkeypatch.setattr("training.quantize.os.link", refuse)
+    assert run() == expected

@@ -61,6 +61,16 @@ def test_every_reply_is_learned_with_the_end_of_its_turn(tokenizer: Any) -> None
     assert tokenizer.decode(example.ids) == whole
 
 
+def test_a_reply_to_nothing_is_one_refused_row(tokenizer: Any) -> None:
+    document = Chat(({"role": "assistant", "content": "Hello"}, *TURNS[3:]))
+    with pytest.raises(RowRefused, match="it begins with a reply"):
+        renderer(tokenizer).example(document)
+    last = renderer(tokenizer, "completion").example(document)
+    assert learned(last, tokenizer) == [f"See you <3{END}"]
+    whole = renderer(tokenizer, "all").example(Chat(document.messages[:1]))
+    assert whole.reply_at is None
+
+
 def reply(example: Example, tokenizer: Any) -> str:
     """From the last reply's first token on."""
     assert example.reply_at is not None

@@ -59,6 +59,7 @@ def test_text_is_learned_whole() -> None:
         ({"text": 3}, "auto", "text is not a text"),
         ({"messages": "hi"}, "auto", "messages is not a list of messages"),
         ({"messages": [{"role": "user", "content": "x"}]}, "auto", "no message of the assistant"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "auto", "or an empty one"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "auto", "role 'tool' is not among"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "auto", "content is not a text"),
         ({"prompt": [], "completion": "x"}, "prompt", None),
@@ -187,3 +188,43 @@ def test_questions_without_an_answer_are_told_from_other_refusals() -> None:
         with pytest.raises(RowRefused) as refused:
             to_document(row, "auto", None)
         assert not isinstance(refused.value, NoLabel)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+def test_a_file_of_another_encoding_is_named(tmp_path: Path, name: str) -> None:
+    content = {"a.jsonl": '{"text": "é"}', "a.csv": "text\né\n", "a.json": '[{"text": "é"}]'}
+    (tmp_path / name).write_text(content[name], encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{name} is not (UTF-8|JSON): 'utf-8' codec"):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_cell_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:
+    text = "long " * 40_000
+    assert written(tmp_path / "a.csv", f'text\n"{text}"\n') == [{"text": text}]
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.csv is not CSV after line 2: unexpected end of data"):
+        written(tmp_path / "a.csv", 'text\none\n"two\nthree\n')
+
+
+def test_json_nested_without_end_is_one_bad_row(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    rows = written(tmp_path / "a.jsonl", f'{{"text": {deep}\n{{"text": "a"}}\n')
+    assert rows == ["not JSON", {"text": "a"}]
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        written(tmp_path / "a.json", deep)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a \ud83d"},
+        {"instruction": "\ude00", "output": "b"},
+        {"messages": [{"role": "assistant", "content": "\ud83d b"}]},
+    ],
+)
+def test_half_a_character_is_refused_and_a_whole_one_is_not(row: Row) -> None:
+    with pytest.raises(RowRefused, match="holds half a character"):
+        to_document(row, "auto", None)
+    assert to_document({"text": "\U0001f600"}, "auto", None) == Text("", "\U0001f600")

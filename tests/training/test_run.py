@@ -26,6 +26,7 @@ from tests.server.test_serve import Server
 from tests.training.conftest import MakeConfig
 from training import run
 from training.config import TrainConfig, make_config, read_settings
+from training.folder_lock import locked
 from training.loss import summed_loss
 from training.packing import collate
 from training.plan import mask_in_colour
@@ -254,6 +255,49 @@ def test_replacing_a_run_leaves_nothing_of_it(make: MakeConfig) -> None:
     assert list(out.iterdir()) == []
 
 
+def test_two_runs_never_share_a_folder(make: MakeConfig) -> None:
+    config = make(max_steps=1)
+    with locked(config.out):
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ValueError, match="another process is at work in"):
+                finish(config, **flags)
+        assert list(config.out.iterdir()) == []
+    assert finish(config).state.step == 1
+
+
+def test_an_out_that_is_a_file_is_said(make: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file', which is no folder"):
+        finish(make(out=tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_ends_while_it_writes_leaves_no_half_adapter(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> str:
+        raise OSError("No space left on device")
+
+    config = make(max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.result.model_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            finish(config)
+    assert [path.name for path in config.out.iterdir()] == ["checkpoints"]
+    finish(config, resume=True)
+    assert sorted(path.name for path in config.out.iterdir()) == sorted(
+        ("checkpoints", *RESULT_FILES)
+    )
+    assert {path.suffix for path in (config.out / "checkpoints").iterdir()} == {".pt"}
+
+
+def test_a_resumed_run_keeps_to_its_base(make: MakeConfig) -> None:
+    config = make(max_steps=1)
+    finish(config)
+    with pytest.raises(ValueError, match="other settings, data or base"):
+        run.train(run.prepare(config), "other", Console(quiet=True), resume=True, overwrite=False)
+
+
 @pytest.fixture
 def turnout(
     capsys: pytest.CaptureFixture[str],
@@ -403,7 +447,12 @@ def test_the_servers_held_out_loss_is_the_trainers(taught: tuple[Outcome, Server
     outcome, server = taught
     base = load_base(outcome.config.base, "nf4", torch.float32, CPU)
     trainer = Trainer(
-        outcome.config, add_adapter(base, outcome.config), outcome.dataset, pad_id=2, device=CPU
+        outcome.config,
+        add_adapter(base, outcome.config),
+        outcome.dataset,
+        pad_id=2,
+        device=CPU,
+        base_digest=outcome.base_digest,
     )
     trainer.resume()
     assert trainer.state.step == outcome.state.best_step

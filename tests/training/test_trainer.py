@@ -355,12 +355,53 @@ def test_packing_past_a_sliding_window_is_refused(
 
 def test_another_runs_checkpoint_is_refused(new: MakeTrainer) -> None:
     new(max_steps=1, save_every=1).run()
-    with pytest.raises(ValueError, match="is of a run with other settings or data"):
+    with pytest.raises(ValueError, match="is of a run with other settings, data or base"):
         new(max_steps=1, learning_rate=1e-3).resume()
-    with pytest.raises(ValueError, match="is of a run with other settings or data"):
+    with pytest.raises(ValueError, match="is of a run with other settings, data or base"):
         new(max_steps=1, system="Be brief.").resume()
     free = {"save_every": 5, "save_dtype": "bf16", "eval_generations": 3, "report_to": "none"}
     assert new(max_steps=1, **free).resume()  # these change no weight
+
+
+def test_a_checkpoint_of_another_base_is_refused(
+    new: MakeTrainer, make: MakeConfig, tokenizer: Any
+) -> None:
+    new(max_steps=1, save_every=1).run()
+    config = make(max_steps=1, save_every=1)
+    model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
+    other = Trainer(
+        config, model, dataset_of(config, tokenizer), pad_id=2, device=CPU, base_digest="other"
+    )
+    with pytest.raises(ValueError, match="is of a run with other settings, data or base"):
+        other.resume()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e4])
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(
+    new: MakeTrainer, monkeypatch: pytest.MonkeyPatch, wrong: float, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    trainer = new(max_steps=4, eval_every=1, say=said.append, out=tmp_path / "a")
+    scripted = iter([5.0, 4.0, wrong])
+    at_best: Tensors = {}
+
+    def held_out_loss() -> float:
+        at_best.update({} if at_best or trainer.state.step != 1 else weights(trainer))
+        return next(scripted)
+
+    monkeypatch.setattr(trainer, "held_out_loss", held_out_loss)
+    state = trainer.run()
+    assert (state.step, state.best_step, state.best_loss) == (2, 1, 4.0)
+    assert same(weights(trainer), at_best)
+    assert len(state.evaluations) == 2
+    assert said == [
+        f"the held-out loss after step 2 is {wrong}: the run ends with the adapter of step 1"
+    ]
+    first = new(max_steps=4, eval_every=1, out=tmp_path / "b")
+    scripted = iter([5.0, wrong])
+    monkeypatch.setattr(first, "held_out_loss", lambda: next(scripted))
+    with pytest.raises(ValueError, match=rf"after step 1 is {wrong}: lower learning_rate"):
+        first.run()
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -388,6 +429,13 @@ def test_a_checkpoint_is_whole_or_not_there(
     assert found is not None
     assert found.state.step == 1
     assert torch.equal(found.adapter["a"], torch.ones(2))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    (tmp_path / "step-00000003.partial").write_bytes(b"half")
+    folder.save(checkpoint(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004.pt"]
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
