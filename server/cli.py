@@ -173,7 +173,10 @@ def doctor(
     bank_rows: BankRows = 512,
     kv_gib: KvGib = 1.0,
 ) -> None:
-    """Say what this machine can run and hold; exit with 1 if it is too small."""
+    """Say what this machine can run and hold.
+
+    Exits with 1 if it is too small.
+    """
     config = Config(
         model=base_config(base, base_name, quantization=quantization),
         cache=CacheConfig(cpu_bytes=int(kv_gib * GIB)),
@@ -275,7 +278,10 @@ def merge(
         bool, typer.Option(help="Take an adapter whose config names another base.")
     ] = False,
 ) -> None:
-    """Fold an adapter into its base: a checkpoint of its own, and how far its logits drift."""
+    """Fold an adapter into its base.
+
+    Makes a checkpoint of its own, and says how far its logits drift.
+    """
     model = base_config(base, base_name)
     from training.merge import MergeOptions, run
 
@@ -344,7 +350,7 @@ def quantize(
         bool, typer.Option(help="Take an adapter whose config names another base.")
     ] = False,
 ) -> None:
-    """Make 4-bit files of a merged checkpoint or of an adapter, or export either as GGUF."""
+    """Make 4-bit or GGUF files of a merged model or an adapter."""
     from training.quantize_cli import Request, given_options, run
 
     base_model = base_config(base, base_name) if adapter is not None else None
@@ -381,7 +387,7 @@ def quantize(
     add_help_option=False,
 )
 def loadtest(context: typer.Context) -> None:
-    """Load an OpenAI-compatible server, and report in figures and pictures."""
+    """Load an OpenAI-compatible server, and draw what comes of it."""
     from loadtest.cli import app as loadtest_app
 
     loadtest_app(context.args, prog_name="turnout loadtest")
@@ -416,7 +422,10 @@ def train(
     url: adapters_cli.Url = None,
     api_key: adapters_cli.ApiKey = None,
 ) -> None:
-    """Train an adapter on a file of rows: --rank 8 and the like; --settings lists all."""
+    """Train an adapter on a file of rows.
+
+    Every setting is an option, --rank 8 say; --settings lists them all.
+    """
     from training import distributed, run
 
     if list_settings:
