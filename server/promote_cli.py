@@ -180,7 +180,11 @@ def _follow(admin: PromotionAdmin, name: str, revision: int | None) -> Card:
 
 def _report(admin: PromotionAdmin, name: str, revision: int | None) -> None:
     """Follow it and say how it ended. Raises ValueError where it failed."""
-    job = _follow(admin, name, revision)
+    try:
+        job = _follow(admin, name, revision)
+    except KeyboardInterrupt:
+        _say(f"the promotion of {name} goes on: `turnout promote {name} --wait`, or --cancel")
+        raise typer.Exit(130) from None
     if job["status"] != "done":
         raise ValueError(f"{job['id']} was not promoted: {job['message'] or job['status']}")
     deadline = time.monotonic() + _LOAD_S

@@ -13,6 +13,7 @@ from adapters.promotions import job_folders
 from adapters.registry import Registry
 from adapters.store import Store
 from server import cli, promote_cli
+from server.adapter_admin import Card
 from server.base_digest import base_digest
 from server.promotion import jobs as jobs_module
 from server.promotion.jobs import Jobs
@@ -151,6 +152,14 @@ def test_a_promotion_goes_on_by_itself_is_followed_later_and_cancelled(
     code, _, told = turnout("promote", "bot", *options)
     assert code == 1
     assert "is under way" in told
+
+    def interrupted(*_: object) -> Card:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.promote_cli._follow", interrupted)
+        code, said, _ = turnout("promote", "bot", "--wait", *way.args)
+    assert (code, said.split(":")[0]) == (130, "the promotion of bot goes on")
     code, _, told = turnout("demote", "bot", *way.args)
     assert "cancel it first" in told
     code, said, _ = turnout("promote", "bot", "--cancel", *way.args)
