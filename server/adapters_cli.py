@@ -189,7 +189,11 @@ def _print_table(columns: Sequence[str], cards: Sequence[Card], when_empty: str)
         table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
     for card in cards:
         table.add_row(*(_cell(column, card.get(column)) for column in columns))
-    # As wide as it must be: a name that is cut cannot be copied.
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it must be: a name that is cut cannot be copied."""
     console = Console()
     whole = console.options.update(max_width=1_000)
     width = max(console.width, console.measure(table, options=whole).maximum)

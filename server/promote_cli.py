@@ -12,7 +12,7 @@ from rich.table import Table
 
 from adapters.promotions import ENDED, WAITING, Backend, Device, MergeBase
 from server.adapter_admin import Card
-from server.adapters_cli import ApiKey, StorePath, Url, adapter_config, base_config
+from server.adapters_cli import ApiKey, StorePath, Url, adapter_config, base_config, print_whole
 from server.promote_admin import PromotionAdmin, open_promotions
 
 _POLL_S = 0.3
@@ -138,10 +138,10 @@ def candidates(
         return
     table = Table()
     for title in ("adapter", "tokens", "recent", "share", "GPU-s saved", "MiB", "promote?"):
-        table.add_column(title, justify="left" if title == "adapter" else "right")
+        table.add_column(title, justify="left" if title == "adapter" else "right", no_wrap=True)
     for card in reply["data"]:
         table.add_row(*_row(card))
-    Console().print(table)
+    print_whole(table)
     rows = "1 row" if reply["batch"] == 1 else f"{reply['batch']} rows"
     _say(
         f"GPU-seconds saved over the recent {reply['recent_tokens']:,} tokens (half-life 6 h) "

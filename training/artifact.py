@@ -22,7 +22,7 @@ from training.gate import GateReport, Thresholds
 from training.merge import sync_files, write_json
 from training.merge_adapter import MergeAdapter, open_adapter
 from training.merge_checkpoint import Checkpoint
-from training.quantize import ITERATIONS, claim
+from training.quantize import ITERATIONS, claim, iterations_of
 from training.quantize_groups import choose_group_size
 from training.quantize_run import choose_backend, find_python
 
@@ -132,7 +132,7 @@ def make_artifact(
         with contextlib.closing(Checkpoint(base)) as checkpoint:
             size = choose_group_size(checkpoint, group_size)
         calibration = load_calibration(options, base, opened.manifest.chat_template)
-        means = (tool, iterations if tool == "auto-round" else None)
+        means = (tool, iterations_of(tool, iterations))
         key = _key(opened, base_digest, merge_bases, size, means, calibration)
         if out.exists():
             found = _report(out, key)

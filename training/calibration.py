@@ -151,9 +151,11 @@ def _examples(
     renderer = Renderer(tokenizer, end_ids(model, tokenizer), config.loss)
     dataset = load_dataset(config, renderer)
     if options.eval_rows is not None:
-        before = load_dataset(config.model_copy(update={"eval_data": None}), renderer)
-        is_same = before.fingerprint == training.get("data_fingerprint")
-        unseen = set(before.evaluation) if is_same else set()
+        unseen: set[Example] = set()
+        if "data_fingerprint" in training:
+            before = load_dataset(config.model_copy(update={"eval_data": None}), renderer)
+            if before.fingerprint == training["data_fingerprint"]:
+                unseen = set(before.evaluation)
         kept = [example for example in dataset.training if example not in unseen]
         if not kept:
             raise ValueError(f"every row of {options.rows} is held out; none is left to look at")

@@ -5,7 +5,6 @@ it made is checked and put in place here. docs/merging.md tells an operator all 
 """
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +22,7 @@ from training.calibration import (
     CalibrationOptions,
     load_calibration,
 )
+from training.folder_lock import locked
 from training.merge import PROVENANCE_FILE, sync_files, write_json
 from training.merge_checkpoint import Checkpoint, copy_side_files
 from training.quantize_check import check_result
@@ -78,6 +78,11 @@ class QuantizeOptions:
         return self.work or self.out.parent / f".{self.out.name}-unfinished"
 
 
+def iterations_of(tool: str, iterations: int) -> int | None:
+    """What of them takes part in the result: GPTQModel has none."""
+    return iterations if tool == "auto-round" else None
+
+
 def quantize(
     options: QuantizeOptions,
     model_digest: str,
@@ -113,7 +118,7 @@ def quantize(
             "source": _source(options.model, model_digest),
             "group_size": group_size,
             "desc_act": options.desc_act,
-            "iterations": options.iterations if options.tool == "auto-round" else None,
+            "iterations": iterations_of(options.tool, options.iterations),
             "seed": options.calibration.seed,
             "calibration": calibration.report(),
             "versions": {**_said(events, "started", "versions", {}), "turnout": _version()},
@@ -136,22 +141,13 @@ def claim(work: Path, key: str) -> Iterator[Path]:
 
     Raises ValueError where another process is at it.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {work}") from None
+    with locked(work):
         key_file = work / KEY_FILE
         if not key_file.is_file() or key_file.read_text(encoding="utf-8") != key:
             for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             key_file.write_text(key, encoding="utf-8")
         yield work
-    finally:
-        os.close(lock)
 
 
 def assemble(model: Path, made: Path, finished: Path) -> None:
@@ -198,7 +194,7 @@ def _key(
         "backend": options.tool,
         "group_size": group_size,
         "desc_act": options.desc_act,
-        "iterations": options.iterations if options.tool == "auto-round" else None,
+        "iterations": iterations_of(options.tool, options.iterations),
         "calibration": calibration.fingerprint,
         "worker": hashlib.sha256(
             Path(__file__).with_name("quantize_worker.py").read_bytes()

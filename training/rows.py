@@ -105,8 +105,10 @@ def _checked(value: Any, what: str) -> str:
     """A text that can be tokenized and written down again."""
     if not isinstance(value, str):
         raise RowRefused(f"{what} is not a text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RowRefused(f"{what} holds half a character (a surrogate without the other)")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowRefused(f"{what} holds half a character (a surrogate without the other)") from None
     return value
 
 

@@ -241,6 +241,15 @@ def way(
     held.close()
 
 
+def base_of(way: tuple[object, ...], tiny_base: Path) -> tuple[object, ...]:
+    """Options that name the base, where no URL is given whose server knows it."""
+    return () if way[0] == "--url" else ("--base", tiny_base)
+
+
+def is_unserved(way: tuple[object, ...]) -> bool:
+    return Path(str(way[1])).name == "own"
+
+
 def test_an_adapter_lives_from_push_to_delete(
     turnout: Turnout,
     refused: Callable[..., str],
@@ -250,7 +259,7 @@ def test_an_adapter_lives_from_push_to_delete(
 ) -> None:
     """The same commands say the same, whichever way they go."""
     base = () if way[0] == "--url" else ("--base", tiny_base, "--base-name", "tiny")
-    allow = ("--allow-other-base",) if Path(str(way[1])).name == "own" else ()
+    allow = ("--allow-other-base",) if is_unserved(way) else ()
     first, second = make_adapter(seed=1), make_adapter(seed=2, r=16)
 
     def adapters(*args: object) -> str:
@@ -288,7 +297,7 @@ def test_a_refused_adapter_is_said_with_the_field(
     folder = make_adapter(seed=3)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "all"}))
-    base = () if way[0] == "--url" else ("--base", tiny_base)
+    base = base_of(way, tiny_base)
     assert "bias" in refused("adapters", "push", "bot", folder, *base, *way)
 
 
@@ -299,7 +308,7 @@ def test_an_adapter_trained_on_another_base_is_pushed_only_on_request(
     make_adapter: MakeAdapter,
     tiny_base: Path,
 ) -> None:
-    base = () if way[0] == "--url" else ("--base", tiny_base)
+    base = base_of(way, tiny_base)
     folder = make_adapter(seed=3)
     notes = {"format": 1, "training": {"base_digest": "c" * 64}}
     (folder / "turnout.json").write_text(json.dumps(notes))
@@ -316,9 +325,9 @@ def test_another_bases_adapter_is_asked_of_the_server_that_holds_the_store(
     make_adapter: MakeAdapter,
     tiny_base: Path,
 ) -> None:
-    base = () if way[0] == "--url" else ("--base", tiny_base)
+    base = base_of(way, tiny_base)
     words = ("adapters", "push", "bot", make_adapter(), "--allow-other-base", *base, *way)
-    if Path(str(way[1])).name == "own":
+    if is_unserved(way):
         assert "bot@1 registered" in turnout(*words)
     else:
         assert "when it was started with that option" in refused(*words)
@@ -338,7 +347,7 @@ def test_a_long_name_is_never_cut_in_a_list(
 def test_a_folder_without_an_adapter_is_refused(
     refused: Callable[..., str], way: tuple[object, ...], tiny_base: Path, tmp_path: Path
 ) -> None:
-    base = () if way[0] == "--url" else ("--base", tiny_base)
+    base = base_of(way, tiny_base)
     assert "adapter_config.json" in refused("adapters", "push", "bot", tmp_path, *base, *way)
 
 

@@ -1,6 +1,5 @@
 """What quantizing writes, and that an interrupted run goes on and never looks finished."""
 
-import fcntl
 import functools
 import json
 import shutil
@@ -16,6 +15,7 @@ from server.base_digest import base_digest
 from tests.training import packing_by_hand
 from training import quantize as quantize_module
 from training.calibration import CalibrationOptions, load_calibration
+from training.folder_lock import locked
 from training.quantize import QuantizeOptions, quantize
 from training.quantize_run import Event, WorkerFailed
 
@@ -218,10 +218,11 @@ def test_two_processes_do_not_share_an_unfinished_run(run: Run, worker: Worker, 
     worker.failures = 1
     with pytest.raises(WorkerFailed):
         run()
-    with (out.parent / ".quantized-unfinished" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is at work"):
-            run()
+    with (
+        locked(out.parent / ".quantized-unfinished"),
+        pytest.raises(ValueError, match="another process is at work"),
+    ):
+        run()
     run()
 
 
