@@ -3,7 +3,6 @@
 Reads the base's config.json and loads no weights.
 """
 
-import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from server.model.adapter_bank import bank_row_bytes
 from server.model.kv_cache import block_bytes
 from server.model.loader import check_quantization
 from server.model.spec import FUSED, ModelSpec, read_spec
+from server.versions import version_of
 
 NF4_BITS = 4.127  # a weight, its block's absmax (8 bits per 64) and that one's (32 per 256 * 64)
 USUAL_RANK = 16
@@ -108,7 +108,7 @@ def machine_rows() -> list[tuple[str, str]]:
     memory = psutil.virtual_memory()
     rows = [
         ("Python", platform.python_version()),
-        *((name, _version(name)) for name in PACKAGES),
+        *((name, version_of(name)) for name in PACKAGES),
         ("CPU", f"{threads}, {', '.join(sorted(cpu_flags())) or 'no vector flags known'}"),
         ("memory", f"{size_text(memory.total)}, {size_text(memory.available)} free"),
     ]
@@ -182,13 +182,6 @@ def size_text(num_bytes: int) -> str:
         return f"{num_bytes} B"
     power = min(3, (num_bytes.bit_length() - 1) // 10)
     return f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:

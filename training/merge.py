@@ -5,12 +5,10 @@ tells an operator all of it.
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +19,7 @@ from rich.table import Table
 
 from adapters.manifest import BaseShape
 from adapters.store import sync_folder
+from server.versions import version_of
 from training.merge_adapter import MergeAdapter, open_adapter
 from training.merge_checkpoint import (
     FOUR_BIT_REASON,
@@ -33,6 +32,7 @@ from training.merge_drift import Drift, DriftMeter, read_probes
 from training.merge_pass import Merger, check_layout
 
 PROVENANCE_FILE = "turnout.json"
+_PACKAGES = ("bitsandbytes", "peft", "torch", "transformers", "turnout")
 MergeBase = Literal["original", "dequantized"]
 
 
@@ -148,7 +148,7 @@ def _provenance(
         "base": {"name": options.base_name, "digest": base_digest},
         "adapter": {"digest": adapter.digest, "revision": adapter.revision},
         "merge_base": options.merge_base,
-        "versions": dict(_versions()),
+        "versions": {package: version_of(package) for package in _PACKAGES},
         "drift": [_rounded(drift) for drift in drifts],
     }
 
@@ -159,14 +159,6 @@ def _rounded(drift: Drift) -> dict[str, Any]:
         key: float(f"{value:.2e}") if key.endswith("_kl") else value
         for key, value in asdict(drift).items()
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in ("bitsandbytes", "peft", "torch", "transformers", "turnout"):
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that was never installed
-            yield package, "unknown"
 
 
 def _device(name: str) -> torch.device:

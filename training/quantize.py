@@ -6,7 +6,6 @@ it made is checked and put in place here. docs/merging.md tells an operator all 
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.store import sync_folder
+from server.versions import version_of
 from training.calibration import (
     MAX_SAMPLE_TOKENS,
     Calibration,
@@ -121,7 +121,10 @@ def quantize(
             "iterations": iterations_of(options.tool, options.iterations),
             "seed": options.calibration.seed,
             "calibration": calibration.report(),
-            "versions": {**_said(events, "started", "versions", {}), "turnout": _version()},
+            "versions": {
+                **_said(events, "started", "versions", {}),
+                "turnout": version_of("turnout"),
+            },
             "layers": _layers(_said(events, "errors", "rows", [])),
         }
         finished = work / "finished"
@@ -280,10 +283,3 @@ def _layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _said(events: list[Event], kind: str, field: str, default: Any) -> Any:
     return next((event[field] for event in events if event["event"] == kind), default)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("turnout")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that was never installed
-        return "unknown"

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from peft import PeftModel
 
 from adapters.folder import CONFIG_FILE, SIDECAR_FILE, WEIGHTS_FILE
 from adapters.manifest import BaseShape
+from server.versions import version_of
 from training.checkpoint import CHECKPOINTS, RunState
 from training.config import TrainConfig
 from training.data import Dataset
@@ -139,7 +139,7 @@ def sidecar(outcome: Outcome, renderer: Renderer, num_trainable: int) -> dict[st
         "held_out_loss": state.best_loss,
         "generations": _scores(outcome.generations),
         "num_processes": state.num_processes,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {name: version_of(name) for name in _VERSIONS},
         "memory": {"estimated": outcome.estimated_bytes, "peak": outcome.peak_bytes},
         "settings": _settings(config),
     }

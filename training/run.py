@@ -199,6 +199,7 @@ def _trainer(
         prepared.dataset,
         pad_id=prepared.renderer.tokenizer.pad_token_id or 0,
         device=prepared.device,
+        kernels=prepared.plan.kernels,
         say=display.say,
         on_step=on_step,
         group=group,

@@ -16,7 +16,7 @@ from training.checkpoint import CHECKPOINTS, Checkpoint, CheckpointFolder, RunSt
 from training.config import TrainConfig
 from training.data import Dataset
 from training.distributed import Group
-from training.fast.choice import Choice, choices
+from training.fast.choice import Choice
 from training.fast.flat import flatten
 from training.fast.model import FastModel
 from training.loss import add_noise, summed_loss
@@ -48,11 +48,11 @@ class Trainer:
         *,
         pad_id: int,
         device: torch.device,
+        kernels: Choice,
         say: Say = lambda _: None,
         on_step: OnStep = lambda _: None,
         group: Group = Group(),  # noqa: B008  frozen
         base_digest: str = "",
-        kernels: Choice | None = None,  # None: those that take the least memory
     ) -> None:
         if group.size > config.batch_size:
             raise ValueError(
@@ -78,8 +78,7 @@ class Trainer:
         self._best: Tensors | None = None
         if config.neftune_alpha:
             add_noise(self._causal, config.neftune_alpha)
-        choice = kernels or choices(config, causal.config, causal.dtype, device)[-1]
-        self._fast = None if choice.options is None else FastModel(causal, choice.options)
+        self._fast = None if kernels.options is None else FastModel(causal, kernels.options)
         is_saving = config.gradient_checkpointing
         if self._fast is None and (device.type == "cuda" if is_saving is None else is_saving):
             with warnings.catch_warnings(action="ignore", category=FutureWarning):

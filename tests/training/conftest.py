@@ -13,7 +13,9 @@ import transformers
 from server.default_base import ensure_default_base
 from training.config import TrainConfig, make_config
 from training.data import Dataset, load_dataset
+from training.fast.choice import choices
 from training.render import Renderer, end_ids
+from training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -85,3 +87,10 @@ def make(chat_base: Path, rows_file: Path, tmp_path: Path) -> MakeConfig:
 def dataset_of(config: TrainConfig, tokenizer: Any) -> Dataset:
     """What a run on this config trains and evaluates on."""
     return load_dataset(config, Renderer(tokenizer, end_ids(config.base, tokenizer), config.loss))
+
+
+def cpu_trainer(config: TrainConfig, model: Any, dataset: Dataset, **options: Any) -> Trainer:
+    """A trainer on the CPU, with the kernels that take the least memory."""
+    causal, cpu = model.base_model.model, torch.device("cpu")
+    kernels = choices(config, causal.config, causal.dtype, cpu)[-1]
+    return Trainer(config, model, dataset, pad_id=2, device=cpu, kernels=kernels, **options)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.training.conftest import MakeConfig, dataset_of
+from tests.training.conftest import MakeConfig, cpu_trainer, dataset_of
 from training import trainer as module
 from training.checkpoint import RunState
 from training.config import TrainConfig
@@ -35,7 +35,7 @@ def trainer_of(config: TrainConfig, group: Group, **options: Any) -> Trainer:
     model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.base)
     dataset = dataset_of(config, tokenizer)
-    return Trainer(config, model, dataset, pad_id=2, device=CPU, group=group, **options)
+    return cpu_trainer(config, model, dataset, group=group, **options)
 
 
 def finished(config: TrainConfig, group: Group, **options: Any) -> Trainer:

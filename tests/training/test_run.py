@@ -23,7 +23,7 @@ from server import cli
 from server.base_digest import base_digest
 from server.default_base import ensure_default_base
 from tests.server.test_serve import Server
-from tests.training.conftest import MakeConfig
+from tests.training.conftest import MakeConfig, cpu_trainer
 from training import run
 from training.config import TrainConfig, make_config, read_settings
 from training.folder_lock import locked
@@ -34,7 +34,6 @@ from training.qlora import add_adapter, load_base
 from training.render import Example
 from training.report import svg_chart
 from training.result import RESULT_FILES, Outcome
-from training.trainer import Trainer
 
 EXAMPLE = Path(__file__).parent.parent.parent / "training" / "example"
 CPU = torch.device("cpu")
@@ -446,14 +445,8 @@ def test_the_servers_held_out_loss_is_the_trainers(taught: tuple[Outcome, Server
     """Both in fp32: in bf16 each is off by up to 0.5 % on so few tokens, one up and one down."""
     outcome, server = taught
     base = load_base(outcome.config.base, "nf4", torch.float32, CPU)
-    trainer = Trainer(
-        outcome.config,
-        add_adapter(base, outcome.config),
-        outcome.dataset,
-        pad_id=2,
-        device=CPU,
-        base_digest=outcome.base_digest,
-    )
+    model = add_adapter(base, outcome.config)
+    trainer = cpu_trainer(outcome.config, model, outcome.dataset, base_digest=outcome.base_digest)
     trainer.resume()
     assert trainer.state.step == outcome.state.best_step
     total, count = 0.0, 0

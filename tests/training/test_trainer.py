@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from tests.training.conftest import MakeConfig, dataset_of
+from tests.training.conftest import MakeConfig, cpu_trainer, dataset_of
 from training import trainer as module
 from training.checkpoint import Checkpoint, CheckpointFolder, RunState
 from training.config import TrainConfig, make_config
@@ -40,7 +40,7 @@ def new(make: MakeConfig, tokenizer: Any) -> MakeTrainer:
         dtype = torch.float16 if config.dtype == "fp16" else torch.float32
         model = add_adapter(load_base(config.base, "nf4", dtype, CPU), config)
         dataset = dataset_of(config, tokenizer)
-        return Trainer(config, model, dataset, pad_id=2, device=CPU, say=say, on_step=on_step)
+        return cpu_trainer(config, model, dataset, say=say, on_step=on_step)
 
     return trainer
 
@@ -350,7 +350,7 @@ def test_packing_past_a_sliding_window_is_refused(
     base.config.sliding_window = 100
     model = add_adapter(base, config)
     with pytest.raises(ValueError, match="sliding window of 100 tokens"):
-        Trainer(config, model, dataset_of(config, tokenizer), pad_id=2, device=CPU)
+        cpu_trainer(config, model, dataset_of(config, tokenizer))
 
 
 def test_another_runs_checkpoint_is_refused(new: MakeTrainer) -> None:
@@ -369,9 +369,7 @@ def test_a_checkpoint_of_another_base_is_refused(
     new(max_steps=1, save_every=1).run()
     config = make(max_steps=1, save_every=1)
     model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
-    other = Trainer(
-        config, model, dataset_of(config, tokenizer), pad_id=2, device=CPU, base_digest="other"
-    )
+    other = cpu_trainer(config, model, dataset_of(config, tokenizer), base_digest="other")
     with pytest.raises(ValueError, match="is of a run with other settings, data or base"):
         other.resume()
 
@@ -450,7 +448,7 @@ def work(settings: str, pipe: Connection) -> None:
     config, _ = make_config(json.loads(settings))
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.base)
     model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
-    trainer = Trainer(config, model, dataset_of(config, tokenizer), pad_id=2, device=CPU)
+    trainer = cpu_trainer(config, model, dataset_of(config, tokenizer))
     trainer.resume()
     pipe.send(trainer.state.step)
     trainer.run()

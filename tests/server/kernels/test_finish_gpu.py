@@ -306,7 +306,7 @@ class TestFinishRotary:
         linear.workspace[0, 0, 64:72] = linear.workspace[0, 0, 96:104] = torch.tensor(wild).cuda()
         linear.workspace[0, 0, 0] = 2.0**20
         rotary_step = make_rotary_step(NO_STEP, 16, "cuda")
-        rotary_step.positions[0] = 0  # cosine 1, sine 0
+        rotary_step.positions[0] = rotary_step.tables[0] = 0  # cosine 1, sine 0
         k_cache, v_cache = make_caches(NO_STEP, 2, 16)
         q = lora_gpu.finish_rotary(
             *linear.args(), rotary_step=rotary_step, k_cache=k_cache, v_cache=v_cache

@@ -68,7 +68,7 @@ def assert_close(ours: Gradients, theirs: Gradients) -> None:
             ours[name].flatten(), gradient.flatten(), dim=0
         )
         assert angle > 0.995, f"{name}: {angle}"
-        assert ours[name].norm() == pytest.approx(gradient.norm().item(), rel=0.05)
+        assert ours[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("fused", [True, False])

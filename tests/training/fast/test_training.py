@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from server.default_base import ensure_default_base
-from tests.training.conftest import MakeConfig, dataset_of
+from tests.training.conftest import MakeConfig, cpu_trainer, dataset_of
 from training.config import TrainConfig
 from training.fast.model import FastModel, Options
 from training.loss import summed_loss
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def trainer_of(config: TrainConfig, tokenizer: Any) -> Trainer:
     model = add_adapter(load_base(config.base, "nf4", torch.float32, CPU), config)
-    return Trainer(config, model, dataset_of(config, tokenizer), pad_id=2, device=CPU)
+    return cpu_trainer(config, model, dataset_of(config, tokenizer))
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True}, {"neftune_alpha": 5.0}])
