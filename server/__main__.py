@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import uvicorn
 import uvloop
 from rich.console import Console
-from rich.progress import Progress
 from starlette.applications import Starlette
 
 from adapters.registry import Registry
@@ -24,6 +23,7 @@ from server.config import Config
 from server.engine.client import EngineClient, EngineStartError
 from server.engine.latency import settle_heap
 from server.metrics import Metrics
+from server.start_display import StartDisplay
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,12 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
     listener = _listen(config.server.host, config.server.port)
     metrics = Metrics(config.model.name)
     console = Console()
-    with _progress(console) as on_progress:
+    with StartDisplay(console) as display:
         engine = EngineClient(
-            config, on_event=metrics.on_event, on_stats=metrics.on_stats, on_progress=on_progress
+            config,
+            on_event=metrics.on_event,
+            on_stats=metrics.on_stats,
+            on_progress=display.on_progress,
         )
         starting = asyncio.create_task(engine.start())
         server: _Server | None = None
@@ -89,6 +92,7 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
                 await asyncio.wait({serving})
             raise
     settle_heap()  # a scrape would set off a full collection
+    console.print(display.took(), style="dim", highlight=False, soft_wrap=True)
     _say_ready(console, config.model.name, url, example_adapters=example_adapters)
     try:
         await _until_stopped(app, engine, serving)
@@ -184,15 +188,3 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise ValueError(f"--host {host}, --port {port}: {error.strerror}") from error
     return listener
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar that follows the engine's start."""
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("starting the engine", total=1.0)
-
-        def on_progress(stage: str, fraction: float) -> None:
-            progress.update(bar, description=stage, completed=fraction)
-
-        yield on_progress

@@ -12,22 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from server.adapter_admin import Card, RemoteAdmin, open_admin
-from server.config import AdapterConfig, ModelConfig, state_folder
-from server.default_base import DEFAULT_BASE_NAME, ensure_default_base
+from server.cli_options import ApiKey, StorePath, Url, adapter_config, base_config
 
 app = typer.Typer(
     help="Register, publish and remove adapters.", no_args_is_help=True, rich_markup_mode=None
 )
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
-StorePath = Annotated[
-    Path | None, typer.Option(help="The store's folder. Default: .turnout/store.")
-]
-Url = Annotated[
-    str | None,
-    typer.Option(help="Work through this server. Default: the one that holds the store."),
-]
-ApiKey = Annotated[str | None, typer.Option(envvar="TURNOUT_API_KEY", help="For that server.")]
 
 
 @app.command()
@@ -81,7 +72,16 @@ def list_all(store: StorePath = None, url: Url = None, api_key: ApiKey = None) -
     """List the adapters."""
     with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         cards = admin.list_all()
-    columns = ("name", "revision", "num_revisions", "max_rank", "num_bytes", "pinned", "digest")
+    columns = (
+        "name",
+        "revision",
+        "num_revisions",
+        "max_rank",
+        "num_bytes",
+        "pinned",
+        "path",
+        "digest",
+    )
     rows = [{**(card["current"] or {}), **card} for card in cards]
     _print_table(columns, rows, "No adapters are registered.")
 
@@ -92,7 +92,8 @@ def show(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey =
     with open_admin(adapter_config(store), Console(stderr=True), url=url, api_key=api_key) as admin:
         card, revisions = admin.show(name)
     _say(_meaning(card))
-    _print_table(("revision", "max_rank", "num_bytes", "created", "digest"), revisions, "")
+    columns = ("revision", "max_rank", "num_bytes", "created", "path", "digest")
+    _print_table(columns, revisions, "")
 
 
 @app.command()
@@ -141,20 +142,6 @@ def delete(
     _say(f"{model} deleted")
 
 
-def base_config(path: Path | None, name: str | None, **options: Any) -> ModelConfig:
-    """The base at `path`, or the default one, made if it is not there yet."""
-    if path is None:
-        return ModelConfig(path=ensure_default_base(), name=name or DEFAULT_BASE_NAME, **options)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"--base is {str(path)!r}; it must be a folder that holds config.json")
-    return ModelConfig(path=path, name=name or path.resolve().name, **options)
-
-
-def adapter_config(store: Path | None, **options: Any) -> AdapterConfig:
-    """The store at `store`, or the one in the state folder."""
-    return AdapterConfig(store=store or state_folder() / "store", **options)
-
-
 def _change(
     name: str,
     action: str,
@@ -179,12 +166,15 @@ def _say(text: str) -> None:
 
 
 def _print_table(columns: Sequence[str], cards: Sequence[Card], when_empty: str) -> None:
+    """Print a line for each card; which path serves it only where a merged model does."""
     if not cards:
         _say(when_empty)
         return
+    if all(card.get("path") != "merged" for card in cards):
+        columns = [column for column in columns if column != "path"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        is_number = column not in ("name", "digest", "created", "pinned")
+        is_number = column not in ("name", "digest", "created", "pinned", "path")
         title = column.removeprefix("num_").replace("_", " ")
         table.add_column(title, justify="right" if is_number else "left", no_wrap=True)
     for card in cards:

@@ -4,15 +4,23 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
-from server import adapters_cli, promote_cli
-from server.adapters_cli import adapter_config, base_config
+from server import adapters_cli, bench_cli, promote_cli, training_cli
 from server.api.auth import Scope, load_keys, new_key
-from server.base_digest import base_digest
+from server.cli_options import (
+    Base,
+    BaseName,
+    Device,
+    Quantize,
+    StorePath,
+    adapter_config,
+    base_config,
+)
 from server.config import (
     CacheConfig,
     Config,
@@ -20,15 +28,30 @@ from server.config import (
     Policy,
     PromotionConfig,
     PromotionDevice,
-    Quantization,
     SchedulerConfig,
     ServerConfig,
 )
-from server.default_base import ensure_default_base
 
 GIB = 1 << 30
+# What --help lists, from serving by way of making adapters to measuring.
+ORDER = (
+    *("serve", "doctor", "keys", "adapters"),
+    *("train", "merge", "quantize", "promote", "demote", "candidates"),
+    *("loadtest", "bench"),
+)
+# Options that a command reads itself.
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class _InOrder(TyperGroup):
+    """A group whose commands are listed in `ORDER`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
 
 app = typer.Typer(
+    cls=_InOrder,
     help="Serve many LoRA adapters over one quantized Mistral base.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,17 +60,15 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="Make API keys.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(adapters_cli.app, name="adapters")
+app.add_typer(bench_cli.app, name="bench")
 app.add_typer(keys, name="keys")
-for command in (promote_cli.promote, promote_cli.demote, promote_cli.candidates):
+app.command(context_settings=PASSED_ON)(training_cli.train)
+for command in (
+    *(training_cli.merge, training_cli.quantize),
+    *(promote_cli.promote, promote_cli.demote, promote_cli.candidates),
+):
     app.command()(command)
 
-Base = Annotated[
-    Path | None, typer.Option(help="Checkpoint folder. Default: SmolLM2-135M-Instruct, made once.")
-]
-BaseName = Annotated[str | None, typer.Option(help="What clients call it. Default: the folder's.")]
-Quantize = Annotated[
-    Quantization, typer.Option(help="NF4, a GPTQ checkpoint's 4 bits, or 16 bits.")
-]
 BankRows = Annotated[int, typer.Option(help="Rank rows of resident adapters.")]
 KvGib = Annotated[float, typer.Option(min=0, help="KV cache on a machine without a GPU.")]
 
@@ -58,12 +79,12 @@ def serve(
     base_name: BaseName = None,
     quantization: Quantize = "nf4",
     dtype: Annotated[Dtype, typer.Option(help="Of activations and KV.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    device: Device = "auto",
     max_model_len: Annotated[int, typer.Option(help="Tokens; 0: the base's own limit.")] = 0,
     host: Annotated[str, typer.Option(help="Beyond loopback, --api-keys is needed.")] = "127.0.0.1",
     port: int = 8000,
     api_keys: Annotated[Path | None, typer.Option(help="File that `keys new` writes.")] = None,
-    store: adapters_cli.StorePath = None,
+    store: StorePath = None,
     allowed_root: Annotated[
         list[Path] | None, typer.Option(help="A folder that lora_path may name; repeatable.")
     ] = None,
@@ -188,272 +209,12 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
-def bench(
-    base: Base = None,
-    quantization: Quantize = "nf4",
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 3,
-    baseline: Annotated[bool, typer.Option(help="Run transformers + PEFT beside it.")] = True,
-    http: Annotated[bool, typer.Option(help="Run a server process beside it too.")] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
-    gpu_table: Annotated[
-        bool, typer.Option("--gpu-table", help="Instead: a random 7B on this GPU, all figures.")
-    ] = False,
-    popular: Annotated[
-        int, typer.Option(help="Instead: so many adapters over that 7B, asked for by Zipf's law.")
-    ] = 0,
-    merged: Annotated[
-        bool, typer.Option("--merged", help="Instead: a merged 7B against its adapter.")
-    ] = False,
-    seconds: Annotated[float, typer.Option(help="With --popular: how long they are.")] = 180,
-    served: Annotated[
-        bool, typer.Option("--served", help="Instead: the same, through a server and HTTP.")
-    ] = False,
-    beside_merge: Annotated[
-        bool, typer.Option("--beside-merge", help="With --served: streams beside a merge too.")
-    ] = False,
-    out: Annotated[
-        Path, typer.Option(help="With --served: folder for report.json and report.html.")
-    ] = Path(".turnout/served"),
-) -> None:
-    """Measure the engine without HTTP, beside transformers + PEFT."""
-    if beside_merge and not served:
-        raise ValueError("--beside-merge is a part of --served")
-    if gpu_table:
-        from server.bench.gpu_table import run as run_gpu_table
-
-        run_gpu_table(json_file)
-        return
-    if merged:
-        from server.bench.merged import run as run_merged
-
-        run_merged(json_file)
-        return
-    if served:
-        from server.bench.served import run as run_served
-
-        run_served(json_file, out, beside_merge=beside_merge)
-        return
-    if popular:
-        from server.bench.popularity import run as run_popularity
-
-        run_popularity(popular, seconds, json_file)
-        return
-    model = base_config(base, None, quantization=quantization)
-    from server.bench.run import BenchOptions, run
-
-    options = BenchOptions(
-        model=model,
-        batch_sizes=tuple(batch or (1, 4, 16)),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        baseline=baseline,
-        http=http,
-        json_file=json_file,
-    )
-    run(options)
-
-
-@app.command()
-def merge(
-    adapter: Annotated[str, typer.Option(help="A PEFT folder, or NAME or NAME@REVISION.")],
-    merge_base: Annotated[
-        str, typer.Option(help="original (16 bit) or dequantized (NF4's values, as served).")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    base: Base = None,
-    base_name: BaseName = None,
-    store: adapters_cli.StorePath = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="Texts to compare on, blank lines between them.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    allow_other_base: Annotated[
-        bool, typer.Option(help="Take an adapter whose config names another base.")
-    ] = False,
-) -> None:
-    """Fold an adapter into its base.
-
-    Makes a checkpoint of its own, and says how far its logits drift.
-    """
-    model = base_config(base, base_name)
-    from training.merge import MergeOptions, run
-
-    options = MergeOptions(
-        adapter=adapter,
-        base=model.path,
-        base_name=model.name,
-        merge_base=merge_base,
-        out=out,
-        store=adapter_config(store).store,
-        probe=probe,
-        device=device,
-        allow_other_base=allow_other_base,
-    )
-    run(options, base_digest(model.path), Console())
-
-
-@app.command()
-def quantize(
-    context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder or GGUF file to make.")],
-    model: Annotated[
-        Path | None, typer.Option(help="A merged checkpoint; or name --adapter instead.")
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="A PEFT folder, NAME or NAME@REVISION: merged, quantized and gated."),
-    ] = None,
-    kind: Annotated[
-        str, typer.Option("--format", help="gptq, awq, gguf-f16, gguf-q8_0 or gguf-lora.")
-    ] = "gptq",
-    merge_base: Annotated[
-        str, typer.Option(help="original, dequantized, or auto: both, and the better one.")
-    ] = "auto",
-    group_size: Annotated[
-        int, typer.Option(help="128, 64 or 32; 0: the largest that fits every layer.")
-    ] = 0,
-    desc_act: Annotated[
-        bool, typer.Option("--desc-act", help="GPTQ's order of inputs: better, slower to serve.")
-    ] = False,
-    iterations: Annotated[int, typer.Option(min=1, help="Of auto-round.")] = 40,
-    rows: Annotated[
-        Path | None, typer.Option(help="The adapter's training rows, to calibrate and gate on.")
-    ] = None,
-    eval_rows: Annotated[Path | None, typer.Option(help="Rows that are held out.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="General text, blank lines between paragraphs.")
-    ] = None,
-    text_share: Annotated[float, typer.Option(help="Of the tokens, beside rows.")] = 0.5,
-    tokens: Annotated[int, typer.Option(help="To calibrate on, at most.")] = 16384,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is calibrated on.")] = 0,
-    gate: Annotated[
-        list[str] | None, typer.Option(help="A threshold, say max_mean_kl=0.2; repeatable.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="gptqmodel, or auto-round: slower, closer on small models.")
-    ] = "auto",
-    quantizer: Annotated[
-        Path | None, typer.Option(help="Python that has the quantizer; see `make quantizer`.")
-    ] = None,
-    base: Base = None,
-    base_name: BaseName = None,
-    store: adapters_cli.StorePath = None,
-    allow_other_base: Annotated[
-        bool, typer.Option(help="Take an adapter whose config names another base.")
-    ] = False,
-) -> None:
-    """Make 4-bit or GGUF files of a merged model or an adapter."""
-    from training.quantize_cli import Request, given_options, run
-
-    base_model = base_config(base, base_name) if adapter is not None else None
-    request = Request(
-        out=out,
-        kind=kind,
-        model=model,
-        adapter=adapter,
-        base=base_model.path if base_model else None,
-        base_name=base_model.name if base_model else None,
-        store=adapter_config(store).store,
-        given=given_options(context),
-        allow_other_base=allow_other_base,
-        merge_base=merge_base,
-        group_size=group_size,
-        desc_act=desc_act,
-        iterations=iterations,
-        rows=rows,
-        eval_rows=eval_rows,
-        text=text,
-        text_share=text_share,
-        tokens=tokens,
-        seed=seed,
-        gate=tuple(gate or ()),
-        device=device,
-        backend=backend,
-        quantizer=quantizer,
-    )
-    run(request, Console())
-
-
-@app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    add_help_option=False,
-)
+@app.command(context_settings=PASSED_ON, add_help_option=False)
 def loadtest(context: typer.Context) -> None:
     """Load an OpenAI-compatible server, and draw what comes of it."""
     from loadtest.cli import app as loadtest_app
 
     loadtest_app(context.args, prog_name="turnout loadtest")
-
-
-@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def train(
-    context: typer.Context,
-    base: Base = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Rows: JSONL, JSON, CSV, Parquet, a datasets folder.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the adapter.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")
-    ] = False,
-    list_settings: Annotated[
-        bool, typer.Option("--settings", help="List every setting; each is an option too.")
-    ] = False,
-    num_processes: Annotated[
-        int, typer.Option(min=1, help="Processes that share each step's rows, with a GPU each.")
-    ] = 1,
-    register: Annotated[
-        str | None, typer.Option(help="Push the result under this name when it is done.")
-    ] = None,
-    store: adapters_cli.StorePath = None,
-    url: adapters_cli.Url = None,
-    api_key: adapters_cli.ApiKey = None,
-) -> None:
-    """Train an adapter on a file of rows.
-
-    Every setting is an option, --rank 8 say; --settings lists them all.
-    """
-    from training import distributed, run
-
-    if list_settings:
-        run.show_settings(Console())
-        return
-    run.check_name(register)
-    given = {"base": base, "data": data, "out": out}
-    how = {"resume": resume, "overwrite": overwrite}
-    with distributed.join(num_processes) as group:
-        console = Console(quiet=not group.is_first)
-        settings = run.settings_of(config, given, context.args, ensure_default_base, console)
-        prepared = run.prepare(settings)
-        run.show(prepared, console)
-        if dry_run:
-            return
-        digest = base_digest(settings.base)
-        if num_processes > group.size:
-            run.train_in_processes(num_processes, settings, digest, **how)
-        else:
-            run.train(prepared, digest, console, **how, group=group)
-    if not group.is_first:
-        return
-    said = f"The adapter is in {settings.out}; {settings.out / 'report.html'} has the curves."
-    console.print(said, markup=False, soft_wrap=True)
-    if register is not None:
-        adapters_cli.push(
-            register, settings.out, base=settings.base, store=store, url=url, api_key=api_key
-        )
 
 
 @keys.command("new")
@@ -464,7 +225,10 @@ def new(
         str, typer.Option(help="Among infer, adapters and admin, with commas between.")
     ] = "infer",
 ) -> None:
-    """Add a key to FILE, which holds only its hash, and print the key, this once."""
+    """Add a key to FILE and print it, this once.
+
+    FILE holds only its hash.
+    """
     scopes = frozenset(known for known in get_args(Scope) if known in scope.split(","))
     if len(scopes) != scope.count(",") + 1:
         raise ValueError(f"--scope is {scope!r}; it must be among {', '.join(get_args(Scope))}")

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from adapters.promotions import ENDED, WAITING, Backend, Device, MergeBase
 from server.adapter_admin import Card
-from server.adapters_cli import ApiKey, StorePath, Url, adapter_config, base_config, print_whole
+from server.adapters_cli import print_whole
+from server.cli_options import ApiKey, StorePath, Url, adapter_config, base_config
 from server.promote_admin import PromotionAdmin, open_promotions
 
 _POLL_S = 0.3

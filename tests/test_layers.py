@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 OURS = ("server", "adapters", "training", "loadtest", "deploy", "tests")
 
 # What every layer of the server may use; they use nothing of ours themselves.
-SHARED = ("server.base_digest", "server.config", "server.errors")
+SHARED = ("server.base_digest", "server.config", "server.errors", "server.versions")
 
 # A module belongs to the longest name here that it starts with, and may import that layer and
 # those on the right. A module that no name covers fails the test: give it a row.
@@ -23,14 +23,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.promotion": ("adapters", *SHARED),
     "server.config": (),
     "server.errors": (),
+    "server.versions": (),
+    "server.start_display": (),
     "server.metrics": ("server.engine",),  # the structs it counts; the engine never sees it
     "server.default_base": ("server.config",),
     "server.base_digest": (),
     "server.adapter_admin": ("adapters", *SHARED),
+    "server.cli_options": ("server.default_base", *SHARED),
     "server.adapters_cli": (
         "server.adapter_admin",
         "server.base_text",
-        "server.default_base",
+        "server.cli_options",
         *SHARED,
     ),
     "server.base_text": ("server.api", "adapters", *SHARED),
@@ -39,9 +42,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.promote_admin",
         "server.adapter_admin",
         "server.adapters_cli",
+        "server.cli_options",
         "adapters",
         *SHARED,
     ),
+    "server.training_cli": (
+        "server.adapters_cli",
+        "server.cli_options",
+        "server.default_base",
+        "training",
+        *SHARED,
+    ),
+    "server.bench_cli": ("server.bench", "server.cli_options", *SHARED),
     "server.doctor": ("server.engine", "server.model", "server.kernels", *SHARED),
     "server.bench": ("server.engine", "server.model", "server.adapter_admin", "adapters", *SHARED),
     "server.__main__": (
@@ -51,24 +63,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.adapter_admin",
         "server.base_text",
         "server.metrics",
+        "server.start_display",
         "adapters",
         *SHARED,
     ),
     "server.cli": (
         "server.__main__",
         "server.adapters_cli",
+        "server.bench_cli",
         "server.promote_cli",
+        "server.training_cli",
+        "server.cli_options",
         "server.api",
-        "server.bench",
-        "server.default_base",
         "server.doctor",
         "loadtest",
-        "training",
         *SHARED,
     ),
     "adapters": (),
     "deploy": (),
-    "training": ("adapters", "server.quant", "server.base_digest"),
+    "training": ("adapters", "server.quant", "server.base_digest", "server.versions"),
     "loadtest": (),
 }
 
@@ -76,6 +89,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 LATE_IMPORTS = {
     "server.cli": "one subcommand's module each, so that --help loads no torch",
     "server.adapters_cli": "a push alone needs a tokenizer",
+    "server.bench_cli": "as server.cli",
+    "server.training_cli": "as server.cli",
 }
 
 # Packages that a layer does without, and why.

@@ -82,8 +82,6 @@ class Candidate:
     def _merge(self) -> None:
         if self._merged.exists():
             return
-        for left in self._folder.glob(".merged-*"):  # of a merge that was killed
-            shutil.rmtree(left)
         recipe = self._recipe
         options = MergeOptions(
             adapter=recipe.adapter.revision or recipe.source,

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +19,7 @@ from rich.table import Table
 from adapters.manifest import BaseShape
 from adapters.store import sync_folder
 from server.versions import version_of
+from training.folder_lock import locked
 from training.merge_adapter import MergeAdapter, open_adapter
 from training.merge_checkpoint import (
     FOUR_BIT_REASON,
@@ -71,32 +71,41 @@ def merge(options: MergeOptions, base_digest: str, console: Console) -> dict[str
     """Write the merged checkpoint, whole or not at all, and return its provenance.
 
     Raises AdapterError for an adapter that does not fit, ValueError for a base that cannot be
-    merged into and for NaN or Inf in the result.
+    merged into, for NaN or Inf in the result, and while another process merges into `out`.
     """
     base = BaseShape.from_config(options.base, options.base_name, base_digest)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{options.out.name}-", dir=options.out.parent))
-    try:
-        made = scratch / "checkpoint"
-        made.mkdir()
-        with open_adapter(
-            options.adapter,
-            base,
-            options.store,
-            scratch / "staged",
-            allow_other_base=options.allow_other_base,
-        ) as adapter:
-            copy_side_files(options.base, made, adapter.manifest.chat_template)
-            drifts = _write_weights(options, adapter, base, made, console)
-            provenance = _provenance(options, base_digest, adapter, drifts)
-        write_json(made / PROVENANCE_FILE, provenance)
-        sync_files(made)
-        if options.out.exists():
-            raise ValueError(f"--out is {str(options.out)!r}, which exists by now")
-        made.rename(options.out)
-        sync_folder(options.out.parent)
-    finally:
-        shutil.rmtree(scratch)
+    scratch = options.out.parent / f".{options.out.name}-merging"
+    with locked(scratch):
+        for left in scratch.iterdir():  # by a merge that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            return _merge_in(scratch, options, base, console)
+        finally:
+            shutil.rmtree(scratch)
+
+
+def _merge_in(
+    scratch: Path, options: MergeOptions, base: BaseShape, console: Console
+) -> dict[str, Any]:
+    """Make the checkpoint in an empty folder, and put it in place."""
+    made = scratch / "checkpoint"
+    made.mkdir()
+    with open_adapter(
+        options.adapter,
+        base,
+        options.store,
+        scratch / "staged",
+        allow_other_base=options.allow_other_base,
+    ) as adapter:
+        copy_side_files(options.base, made, adapter.manifest.chat_template)
+        drifts = _write_weights(options, adapter, base, made, console)
+        provenance = _provenance(options, base, adapter, drifts)
+    write_json(made / PROVENANCE_FILE, provenance)
+    sync_files(made)
+    if options.out.exists():
+        raise ValueError(f"--out is {str(options.out)!r}, which exists by now")
+    made.rename(options.out)
+    sync_folder(options.out.parent)
     return provenance
 
 
@@ -139,13 +148,13 @@ def _write_weights(
 
 
 def _provenance(
-    options: MergeOptions, base_digest: str, adapter: MergeAdapter, drifts: list[Drift]
+    options: MergeOptions, base: BaseShape, adapter: MergeAdapter, drifts: list[Drift]
 ) -> dict[str, Any]:
     """Where the output comes from. No date and no path: the same merge gives the same bytes."""
     return {
         "format": 1,
         "kind": "merged",
-        "base": {"name": options.base_name, "digest": base_digest},
+        "base": {"name": base.name, "digest": base.digest},
         "adapter": {"digest": adapter.digest, "revision": adapter.revision},
         "merge_base": options.merge_base,
         "versions": {package: version_of(package) for package in _PACKAGES},

@@ -151,8 +151,6 @@ def _train(
             generations = _generations(model, prepared, display) if group.is_first else None
         if generations is not None:
             tracking.log({f"eval/{k}": v for k, v in generations.after.items()}, state.step)
-    if state.is_stopped:
-        console.print(f"Stopped at step {state.step}: no better since step {state.best_step}")
     outcome = Outcome(
         config=config,
         dataset=prepared.dataset,

@@ -100,12 +100,17 @@ class Trainer:
         return True
 
     def run(self) -> RunState:
-        """Train to the end or to early stopping, and leave the best adapter in the model."""
+        """Train to the end, early stopping or divergence, and leave the best adapter in the model.
+
+        ValueError where it diverges before there is a best one.
+        """
         state, config = self.state, self._config
         if not state.step and not state.evaluations:
             self._evaluate()
         while state.step < self.steps.total and not state.is_stopped:
-            self._step()
+            if not self._step():
+                self._save()
+                break
             is_last = state.step == self.steps.total
             if is_last or state.step % (config.eval_every or self.steps.per_epoch) == 0:
                 self._evaluate()
@@ -138,13 +143,18 @@ class Trainer:
         self._model.train()
         return [total, count]
 
-    def _step(self) -> None:
-        """One optimizer step."""
+    def _step(self) -> bool:
+        """One optimizer step; False where it diverged instead, which ends the run."""
         state, config = self.state, self._config
         started = time.perf_counter()
         rows = self._rows_of(state.step)
         self._model.train()
-        loss, norm = self._finite_gradients(rows)
+        loss, norm = self._gradients_of(rows)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._end_diverged(
+                f"the loss of step {state.step + 1} is {loss} and its gradient {norm}"
+            )
+            return False
         rate = config.learning_rate * self.steps.rate(state.step, config.schedule)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -161,12 +171,14 @@ class Trainer:
                 "seconds": time.perf_counter() - started,
             }
         )
+        return True
 
-    def _finite_gradients(self, rows: list[Packed]) -> tuple[float, float]:
+    def _gradients_of(self, rows: list[Packed]) -> tuple[float, float]:
         """Leave the step's clipped gradients in the weights; return the loss and their norm.
 
         In fp16 the loss is scaled up, so that small gradients do not vanish; where that makes
-        others overflow, the scale is halved and the step done again.
+        others overflow, the scale is halved and the step done again. Both figures are the same in
+        all processes, being of sums over them; NaN or Inf where no scale helps.
         """
         state, weights = self.state, [self._flat]
         share, num_learned = self._group.share(rows), self._num_learned(rows)
@@ -183,13 +195,8 @@ class Trainer:
             norm = float(
                 torch.nn.utils.clip_grad_norm_(weights, self._config.max_grad_norm or math.inf)
             )
-            if math.isfinite(loss) and math.isfinite(norm):
+            if state.loss_scale <= 1 or (math.isfinite(loss) and math.isfinite(norm)):
                 return loss, norm
-            if state.loss_scale <= 1:
-                raise ValueError(
-                    f"the loss of step {state.step + 1} is {loss} and its gradient {norm}: lower "
-                    f"learning_rate (now {self._config.learning_rate:g}), or set dtype to fp32"
-                )
             state.loss_scale /= 2
 
     def _shrinking(self, work: Callable[[], Result]) -> Result:
@@ -264,7 +271,7 @@ class Trainer:
         state = self.state
         loss = self.held_out_loss()
         if not loss < _MAX_LOSS:  # NaN too
-            self._end_diverged(loss)
+            self._end_diverged(f"the held-out loss after step {state.step} is {loss}")
             return
         state.evaluations.append({"step": state.step, "loss": loss, "perplexity": math.exp(loss)})
         if state.step and (state.best_loss is None or loss < state.best_loss):
@@ -273,11 +280,12 @@ class Trainer:
         elif state.step:
             state.num_worse += 1
             state.is_stopped = 0 < self._config.patience <= state.num_worse
+            if state.is_stopped:
+                self._say(f"Stopped at step {state.step}: no better since step {state.best_step}")
 
-    def _end_diverged(self, loss: float) -> None:
+    def _end_diverged(self, what: str) -> None:
         """End with the best adapter. ValueError where there is none yet."""
         state = self.state
-        what = f"the held-out loss after step {state.step} is {loss}"
         if state.best_loss is None:
             raise ValueError(
                 f"{what}: lower learning_rate (now {self._config.learning_rate:g}), or set dtype "

@@ -276,5 +276,6 @@ def _revision(services: Services, revision: Revision) -> dict[str, Any]:
         "num_parameters": revision.num_parameters,
         "num_bytes": revision.num_bytes,
         "is_resident": revision.digest in services.engine.stats.resident_adapters,
+        "path": "adapter" if services.merged.route(revision.digest) is None else "merged",
         "num_leases": services.registry.num_leases(revision.digest),
     }

@@ -132,7 +132,8 @@ class Promoter:
     async def demote(self, revision: Revision, *, keep: bool) -> str:
         """Serve the revision by the adapter path; delete its artifact, or keep it unserved.
 
-        Returns the artifact's digest. Raises AdapterConflict where there is none.
+        Returns the artifact's digest; streams that run on its model end as they began. Raises
+        AdapterConflict where there is none.
         """
         async with self._changing:
             state = await asyncio.to_thread(self._jobs.state, revision.digest)

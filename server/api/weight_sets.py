@@ -32,7 +32,7 @@ class MergedPath(Protocol):
         ...
 
     async def unload(self, adapter_digest: str) -> None:
-        """Route to the adapter path again, and free the weight set when nobody uses it."""
+        """Route to the adapter path again; returns when nobody uses the weight set any more."""
         ...
 
     def route(self, adapter_digest: str) -> str | None:
@@ -65,6 +65,7 @@ class WeightSets:
         self._loaded: dict[str, str] = {}  # adapter digest -> artifact digest
         self._whole: set[str] = set()  # artifacts whose bytes were checked
         self._troubles: dict[str, Trouble] = {}  # by adapter digest
+        self._leaving: set[asyncio.Task[None]] = set()  # one for each model that is to be freed
         self._engine_number = -1
 
     def artifact(self, adapter_digest: str) -> Artifact | None:
@@ -90,8 +91,7 @@ class WeightSets:
             return
         if self._engine.num_restarts != self._engine_number:
             self._engine_number = self._engine.num_restarts
-            troubles = self._troubles.items()
-            self._troubles = {digest: each for digest, each in troubles if each.ended_engine}
+            self._forgive_refusals()
             self._loaded.clear()
         wanted = self._wanted()
         for digest, artifact_digest in list(self._loaded.items()):
@@ -105,14 +105,17 @@ class WeightSets:
         self._count(wanted)
 
     async def unload(self, adapter_digest: str) -> None:
-        """Serve it by the adapter path."""
+        """Serve it by the adapter path; the model leaves when its last request is over.
+
+        Nobody waits for that: it may take as long as the longest stream.
+        """
         self._troubles.pop(adapter_digest, None)
         self._metrics.weight_set_bytes.pop(adapter_digest, None)
         if self._merged is not None and self._loaded.pop(adapter_digest, None) is not None:
-            try:
-                await self._merged.unload(adapter_digest)
-            except ServeError as error:  # an engine that is down holds nothing
-                log.warning("not unloaded: %s", error.message, extra={"adapter": adapter_digest})
+            leaving = asyncio.create_task(self._leave(self._merged, adapter_digest))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.sleep(0)  # it runs: the engine hears of this before it hears of a load
 
     def forgive(self, adapter_digest: str) -> None:
         """Let the next `reconcile` try it again."""
@@ -148,6 +151,19 @@ class WeightSets:
             "is_demoted": self._store.is_demoted(artifact.digest),
             "report": artifact.report,
         }
+
+    async def _leave(self, merged: MergedPath, adapter_digest: str) -> None:
+        """Free its model. Where there was no room for another one, there may be now."""
+        try:
+            await merged.unload(adapter_digest)
+        except ServeError as error:  # an engine that is down holds nothing
+            log.warning("not unloaded: %s", error.message, extra={"adapter": adapter_digest})
+        self._forgive_refusals()
+
+    def _forgive_refusals(self) -> None:
+        """Let the next `reconcile` try everything again that no engine has ended of."""
+        troubles = self._troubles.items()
+        self._troubles = {digest: each for digest, each in troubles if each.ended_engine}
 
     async def _load(self, merged: MergedPath, digest: str, artifact: Artifact) -> None:
         message, ended_engine = "", False

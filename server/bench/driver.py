@@ -32,10 +32,10 @@ class Trace:
         """From the start to the last token."""
         return self.ended - self.began
 
-    @property
-    def num_tokens(self) -> int:
-        """Of all requests."""
-        return sum(count for _, count in self.steps)
+    def rate(self, first: float, last: float) -> float:
+        """Tokens per second of the steps that ended between two moments, seconds after `began`."""
+        ended = [(time - self.began, count) for time, count in self.steps]
+        return sum(count for at, count in ended if first <= at < last) / (last - first)
 
     def step_ms(self, batch: int) -> float:
         """Mean time from a step that served the whole batch to the next, if that did too."""
@@ -134,7 +134,11 @@ class Driver:
         return trace
 
     def keep_busy(self, num_streams: int, add: Callable[[], object], seconds: float) -> float:
-        """Tokens per second of streams that each `add` a request when they are done with one."""
+        """Tokens per second of streams that each `add` a request when they are done with one.
+
+        The first fifth of `seconds` does not count (all streams begin as one), nor what the last
+        requests get when it is over.
+        """
 
         def go_on(elapsed: float, outputs: list[RequestOutput]) -> None:
             for output in outputs:
@@ -143,8 +147,7 @@ class Driver:
 
         for _ in range(num_streams):
             add()
-        trace = self.run(go_on)
-        return trace.num_tokens / trace.seconds
+        return self.run(go_on).rate(seconds / 5, seconds)
 
     def load(self, adapters: list[AdapterRef]) -> None:
         """Bring adapters into the bank."""

@@ -1,4 +1,4 @@
-"""`turnout bench --merged`: a merged model against its adapter over the base, on this GPU."""
+"""`turnout bench merged`: a merged model against its adapter over the base, on this GPU."""
 
 import tempfile
 from collections.abc import Iterator

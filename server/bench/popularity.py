@@ -1,4 +1,4 @@
-"""`turnout bench --popular N`: N registered adapters asked for by Zipf's law, on this GPU."""
+"""`turnout bench popular`: N registered adapters asked for by Zipf's law, on this GPU."""
 
 import itertools
 import random
@@ -16,7 +16,8 @@ from server.engine.request import AdapterRef
 
 RANK = 4
 RESIDENT = 44  # as many different ones as 64 streams ask for at a time by Zipf's law over 1,000
-STREAMS, PROMPT, NEW = 64, 256, 256
+STREAMS, PROMPT = 64, 256
+NEW = (128, 384)  # tokens, at least and at most: streams of one length would all end together
 BANK_ROWS = 512  # room for 64 adapters of rank 4: a page is 8 rows
 CACHE = CacheConfig(num_blocks=4096, prefix_caching=False)
 HOST_BYTES = 4 << 30  # of adapters: less than a fifth of a thousand
@@ -25,7 +26,7 @@ HOST_BYTES = 4 << 30  # of adapters: less than a fifth of a thousand
 def run(num_adapters: int, seconds: float, json_file: Path | None) -> list[Figure]:
     """Measure and print; needs 22 MB of disk for each adapter and 15 GB for the base.
 
-    seconds  how long the N adapters are asked for; those that stay get a fifth of it
+    seconds  how long the N adapters are asked for, and those that stay before them
     """
     with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
         return show(_figures(Path(scratch), num_adapters, seconds), json_file)
@@ -37,15 +38,20 @@ def _figures(root: Path, num_adapters: int, seconds: float) -> Iterator[Figure]:
     adapters = register_adapters(store, root / "base", spec, [RANK] * num_adapters)
     config = reference_config(root / "base", store, CACHE, BANK_ROWS, host_bytes=HOST_BYTES)
     driver = Driver(config)
-    driver.load(adapters[:RESIDENT])
+    resident = adapters[:RESIDENT]
+    driver.load(resident)
+
+    lengths = random.Random(1)
 
     def rate(asked: Iterator[AdapterRef], seconds: float) -> float:
         return driver.keep_busy(
-            STREAMS, lambda: driver.add_random(next(asked), PROMPT, NEW), seconds
+            STREAMS,
+            lambda: driver.add_random(next(asked), PROMPT, lengths.randint(*NEW)),
+            seconds,
         )
 
-    alone = rate(itertools.cycle(adapters[:RESIDENT]), seconds / 5)
-    yield Figure(f"{RESIDENT} adapters in turn, all resident", alone, "tok/s")
+    alone = rate(itertools.cycle(resident), seconds)
+    yield Figure(f"{len(resident)} adapters in turn, all resident", alone, "tok/s")
     asked = by_zipf(adapters)
     rate(asked, seconds / 5)  # fills the host's share of adapters
     host, device = _host_gib(), torch.cuda.memory_reserved()

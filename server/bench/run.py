@@ -1,4 +1,4 @@
-"""`turnout bench`: the engine without HTTP, beside transformers + PEFT in the same run.
+"""`turnout bench engine`: the engine without HTTP, beside transformers + PEFT in the same run.
 
 Every figure is a median over rounds, and the two systems take turns within a round, so that what
 else the machine does strikes both. Random weights serve: speed does not depend on values.

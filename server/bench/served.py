@@ -1,4 +1,4 @@
-"""`turnout bench --served`: merged against adapter through a real server, a random 7B on this GPU.
+"""`turnout bench served`: merged against adapter through a real server, a random 7B on this GPU.
 
 `turnout loadtest compare` asks it over HTTP, in a process of its own as an operator's would be.
 """
@@ -61,11 +61,9 @@ def run(
     """Measure and print; `out` gets report.json and report.html. Needs 20 GB of disk.
 
     beside_merge  measure a merge of the adapter too, and running streams beside it (35 GB)
-    Raises ValueError where the comparison is void, or without a GPU.
+    Raises ValueError where the comparison is void.
     """
     scale = scale or Scale()
-    if scale.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--served measures a GPU, and torch finds none here")
     void: list[str] = []
     with tempfile.TemporaryDirectory(prefix="turnout-bench-") as scratch:
         figures = _figures(Path(scratch), out, scale, void, beside_merge=beside_merge)

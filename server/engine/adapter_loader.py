@@ -1,6 +1,6 @@
 """A stored adapter to the bank's layout: stacked by fused group, in pages, scaling folded in."""
 
-from functools import partial
+from collections import defaultdict
 from pathlib import Path
 from typing import Protocol
 
@@ -80,19 +80,22 @@ class AdapterLoader:
         return packed
 
     def _place(self, module: ModuleEntry, stored: safe_open, packed: PackedAdapter) -> None:
+        """Copy one module's matrices to where they belong, each in one pass."""
         group, index = _place_of(module.linear)
-        lora_a = stored.get_tensor(f"{module.prefix}.lora_a").float()  # [rank, in]
-        lora_b = stored.get_tensor(f"{module.prefix}.lora_b").float()  # [out, rank]
-        lora_b = lora_b.T * module.scaling  # [rank, out]
+        lora_a = stored.get_tensor(f"{module.prefix}.lora_a")  # [rank, in]
+        lora_b = stored.get_tensor(f"{module.prefix}.lora_b")  # [out, rank]
         columns = _columns(self._base.spec, group, index)
+        packed.lora_a[group][module.layer, index, : module.rank] = lora_a
+        scaled = packed.lora_b[group][module.layer, columns, : module.rank]
+        exact = torch.promote_types(lora_b.dtype, scaled.dtype)  # rounded once, at the end
+        torch.mul(lora_b.to(exact), module.scaling, out=scaled)
         if module.use_dora:
             assert packed.gain_row is not None, "a DoRA module outside a DoRA adapter"
             magnitude = stored.get_tensor(f"{module.prefix}.magnitude").float()
             linear = self._base.linear(module.layer, group)
+            lora_a, lora_b = lora_a.float(), lora_b.float().T * module.scaling
             gain = dora_gain(linear, columns, lora_a, lora_b, magnitude, self._base.dtype)
-            packed.lora_b[group][module.layer, packed.gain_row, columns] = gain - 1
-        packed.lora_a[group][module.layer, index, : module.rank] = lora_a
-        packed.lora_b[group][module.layer, : module.rank, columns] = lora_b
+            packed.lora_b[group][module.layer, columns, packed.gain_row] = gain - 1
 
 
 def dora_gain(
@@ -128,15 +131,21 @@ def _empty(
     *,
     is_pinned: bool,
 ) -> PackedAdapter:
-    """Zeros for each fused group that the adapter touches."""
+    """Memory for each fused group that the adapter touches: zeros, unless it fills all of it."""
     num_rows = -(-manifest.num_rank_rows // page_rows) * page_rows
     lora_a: dict[str, torch.Tensor] = {}
     lora_b: dict[str, torch.Tensor] = {}
-    zeros = partial(torch.zeros, dtype=dtype, pin_memory=is_pinned)
-    for group in {_place_of(module.linear)[0] for module in manifest.modules}:
+    ranks = defaultdict[str, list[int]](list)
+    for module in manifest.modules:
+        ranks[_place_of(module.linear)[0]].append(module.rank)
+    for group, found in ranks.items():
         num_layers, width = spec.num_layers, sum(spec.out_splits(group))
-        lora_a[group] = zeros((num_layers, len(FUSED[group]), num_rows, spec.in_features(group)))
-        lora_b[group] = zeros((num_layers, num_rows, width))
+        is_filled = found == [num_rows] * (num_layers * len(FUSED[group]))
+        make = torch.empty if is_filled else torch.zeros
+        shape_a = (num_layers, len(FUSED[group]), num_rows, spec.in_features(group))
+        lora_a[group] = make(shape_a, dtype=dtype, pin_memory=is_pinned)
+        shape_b = (num_layers, width, num_rows)
+        lora_b[group] = make(shape_b, dtype=dtype, pin_memory=is_pinned)
     gain_row = manifest.num_rank_rows - 1 if manifest.use_dora else None
     return PackedAdapter(lora_a, lora_b, num_rows, gain_row)
 

@@ -1,7 +1,7 @@
 """Step times for the cost model: those measured on one H100, or a file of one's own.
 
-A file is what `turnout bench --merged --json` writes, a folder that and what `turnout bench
---gpu-table --json` writes, for the steps of many adapters; or a file has the plain form:
+A file is what `turnout bench merged --json` writes, a folder that and what `turnout bench
+gpu-table --json` writes, for the steps of many adapters; or a file has the plain form:
 
     {"source": "…", "second_pass_ms": 0.1, "points": [{"batch": 8, "plain_ms": 2.6, "one_ms": 2.9,
      "many_ms": 3.3, "num_adapters": 8, "merged_ms": 2.6}, …]}

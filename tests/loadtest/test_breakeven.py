@@ -55,6 +55,7 @@ def test_the_break_even_is_from_where_on_the_gain_stays_above_zero() -> None:
     assert break_even([-1, 1, -1, 1, 2]) == 0.75
     assert break_even([1, 1, 1]) == 0.0
     assert break_even([0.0, 1.0]) == 1.0
+    assert break_even([2.2e-16, 0.1, 0.2]) == 0.5  # no gain but a rounding error
     assert break_even([1.0, 1.0, -0.1]) is None
 
 

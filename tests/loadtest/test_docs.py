@@ -69,7 +69,7 @@ def test_every_option_in_prose_is_one_of_some_commands() -> None:
         "--input-file",
         "--streaming",
     }  # aiperf's
-    known |= {"--no-prefix-caching", "--served"}  # of `turnout serve`, `turnout bench`
+    known.add("--no-prefix-caching")  # of `turnout serve`
     assert set(re.findall(r"--[a-z][a-z0-9-]+", DOC)) <= known
 
 

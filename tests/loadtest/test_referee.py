@@ -1,14 +1,12 @@
 """aiperf, unmodified, replays the same trace and must agree with what we measured.
 
-It has a virtual environment of its own, kept among temporary files, because its pins are not ours.
-Bodies are sent to the letter, and its tokenizer is a local folder: no hub is asked.
+It has a virtual environment of its own, because its pins are not ours. Bodies are sent to the
+letter, and its tokenizer is a local folder: no hub is asked.
 """
 
 import json
 import os
 import subprocess
-import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from server.default_base import ensure_default_base
 from tests.loadtest.making import lines
 from tests.loadtest.stub import Behaviour, Stub
 
-VERSION = "0.13.0"
-HOME = Path(tempfile.gettempdir()) / f"turnout-aiperf-{VERSION}"
+AIPERF = Path(__file__).parent.parent.parent / ".turnout" / "tools" / "aiperf" / "bin" / "aiperf"
 TRIES = 3  # a busy machine may spoil one
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,21 +30,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def aiperf() -> Path:
-    """The command, installed if it is not there yet."""
-    if not (HOME / "installed").exists():
-        if not os.environ.get("TURNOUT_REFEREE"):
-            pytest.skip("TURNOUT_REFEREE=1 installs aiperf: 1.2 GB, about a minute")
-        commands = (
-            [sys.executable, "-m", "venv", "--clear", str(HOME)],
-            [str(HOME / "bin" / "python"), "-m", "pip", "install", "-q", f"aiperf=={VERSION}"],
-        )
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=800)
-            if done.returncode:
-                why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                pytest.skip(f"aiperf {VERSION} cannot be installed here: {why}")
-        (HOME / "installed").touch()
-    return HOME / "bin" / "aiperf"
+    """The command, where it is installed."""
+    if not AIPERF.exists():
+        pytest.skip("no aiperf here; `bash .ci/tools` installs it: 1.2 GB, a minute or two")
+    return AIPERF
 
 
 def judged(aiperf: Path, target: Target, trace: list[Line], folder: Path) -> dict[str, Any]:

@@ -269,8 +269,8 @@ def test_a_merge_that_was_killed_leaves_nothing_for_long(make: Make, place: Path
 
     with pytest.raises(Killed):
         make(on_progress=kill)
-    left = place / "work" / "dequantized" / ".merged-left"
-    left.mkdir()
+    left = place / "work" / "dequantized" / ".merged-merging" / "checkpoint"
+    left.mkdir(parents=True)
 
     def look(progress: Progress) -> None:
         assert progress.stage == "merge" or not left.exists()

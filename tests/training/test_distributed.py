@@ -1,6 +1,7 @@
 """Two processes train what one trains; the first one writes, all of them agree."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def scenarios(group: Group, folder: Path, make: dict[str, TrainConfig]) -> None:
         told(finished(make[name], group), prepared(folder / name), group)
     scarce(group, make["scarce"], folder / "scarce")
     interrupted(group, make["cut"], folder / "cut")
+    diverging(group, make["diverging"], folder / "diverging")
 
 
 def prepared(folder: Path) -> Path:
@@ -106,6 +108,26 @@ def interrupted(group: Group, config: TrainConfig, folder: Path) -> None:
     told(again, prepared(folder), group)
 
 
+def diverging(group: Group, config: TrainConfig, folder: Path) -> None:
+    """The fourth step's loss is no number, in the second process alone."""
+    said: list[str] = []
+    trainer = trainer_of(config, group, say=said.append)
+
+    def diverged(model: Any, batch: Any) -> torch.Tensor:
+        is_wrong = group.number == 1 and trainer.state.step == 3
+        return summed_loss(model, batch) * (math.nan if is_wrong else 1.0)
+
+    module.summed_loss = diverged  # type: ignore[attr-defined]
+    try:
+        trainer.run()
+    finally:
+        module.summed_loss = summed_loss  # type: ignore[attr-defined]
+    assert said == [
+        "the loss of step 4 is nan and its gradient nan: the run ends with the adapter of step 2"
+    ]
+    told(trainer, prepared(folder), group)
+
+
 @pytest.fixture(scope="module")
 def two(
     tmp_path_factory: pytest.TempPathFactory, chat_base: Path, rows_file: Path
@@ -116,6 +138,7 @@ def two(
     base |= {"learning_rate": 5e-3, "batch_size": 4, "micro_batch": 2, "eval_fraction": 0.25}
     base |= {"max_length": 128, "max_steps": 5, "eval_every": 2, "save_every": 1}
     differing = {"plain": {}, "packed": {"packing": True, "batch_size": 3}, "scarce": {}, "cut": {}}
+    differing["diverging"] = {}
     for size in (1, 2):
         configs = {
             name: TrainConfig(**{**base, **settings, "out": folder / f"{size}-{name}"})
@@ -155,7 +178,7 @@ def test_two_processes_train_the_adapter_of_one_to_rounding(two: Any, name: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["plain", "packed", "scarce", "cut"])
+@pytest.mark.parametrize("name", ["plain", "packed", "scarce", "cut", "diverging"])
 def test_both_processes_hold_the_same_bits(two: Any, name: str) -> None:
     first, second = two(name, 0), two(name, 1)
     assert first["losses"] == second["losses"]
@@ -180,6 +203,14 @@ def test_a_run_of_two_goes_on_bit_for_bit(two: Any) -> None:
     assert cut["losses"] == whole["losses"]
     for key, weight in cut["weights"].items():
         assert torch.equal(weight, whole["weights"][key])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_loss_that_is_no_number_in_one_process_ends_the_run_in_all(two: Any) -> None:
+    first, plain = two("diverging", 0), two("plain", 0)
+    assert first["losses"] == plain["losses"][:3]
+    assert first["held_out"] == plain["held_out"][:2]
 
 
 def told_of(command: list[str], tmp_path: Path, **variables: str) -> str:

@@ -21,6 +21,7 @@ from server.cli import main
 from server.default_base import ensure_default_base
 from tests.conftest import MakeAdapter
 from tests.training.test_merge_oracle import logits, merge, options, peft_over
+from training.folder_lock import locked
 from training.merge import PROVENANCE_FILE
 from training.merge_checkpoint import Writer
 
@@ -211,6 +212,61 @@ def test_an_interrupted_merge_leaves_nothing(
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_what_a_killed_merge_left_goes_with_the_next_one(
+    tiny_base: Path, make_adapter: MakeAdapter, out: Path
+) -> None:
+    program = (
+        "import os, sys\n"
+        "from tests.training.test_merge import Path, Writer, merge, options\n"
+        "Writer.finish = lambda writer: os.kill(os.getpid(), 9)\n"
+        "merge(options(*map(Path, sys.argv[1:])))\n"
+    )
+    adapter = make_adapter()
+    command = [sys.executable, "-c", program, *map(str, (tiny_base, adapter, out))]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    (left,) = out.parent.iterdir()
+    assert (left / "checkpoint" / "model.safetensors").stat().st_size > 0
+    merge(options(tiny_base, adapter, out))
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_a_killed_merge_left_is_no_part_of_the_next_one_not_even_of_a_failed_one(
+    tiny_base: Path, make_adapter: MakeAdapter, out: Path
+) -> None:
+    left = out.parent / ".merged-merging"
+
+    def leave() -> None:
+        (left / "checkpoint").mkdir(parents=True)
+        (left / "checkpoint" / "model-00001-of-00002.safetensors").write_bytes(bytes(1000))
+        (left / "file").touch()
+
+    leave()
+    with pytest.raises(AdapterError, match="bias"):
+        merge(options(tiny_base, make_adapter(bias="all"), out))
+    assert list(out.parent.iterdir()) == []
+    leave()
+    merge(options(tiny_base, make_adapter(), out))
+    assert list(out.parent.iterdir()) == [out]
+    assert "model-00001-of-00002.safetensors" not in {path.name for path in out.iterdir()}
+
+
+def test_two_merges_into_one_folder_do_not_meet(
+    tiny_base: Path, make_adapter: MakeAdapter, out: Path
+) -> None:
+    left = out.parent / ".merged-merging"
+    with locked(left):
+        (left / "theirs").touch()
+        with pytest.raises(ValueError, match=r"another process is at work in .*\.merged-merging"):
+            merge(options(tiny_base, make_adapter(), out))
+        assert (left / "theirs").exists()
+    beside = out.parent / ".merged-2-merging"  # of another --out
+    beside.mkdir()
+    merge(options(tiny_base, make_adapter(), out))
+    assert sorted(out.parent.iterdir()) == [beside, out]
+
+
 def test_an_adapter_that_does_not_fit_leaves_nothing(
     tiny_base: Path, make_adapter: MakeAdapter, out: Path
 ) -> None:
@@ -308,7 +364,9 @@ def test_the_command_refuses_an_option_before_it_reads_the_base(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.cli.base_digest", lambda folder: pytest.fail("it was read"))
+    monkeypatch.setattr(
+        "server.training_cli.base_digest", lambda folder: pytest.fail("it was read")
+    )
     command = ["merge", "--adapter", "any", "--base", str(tiny_base), "--out", str(out)]
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--merge-base", "nf4"])

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,7 +26,11 @@ from server.default_base import ensure_default_base
 from tests.server.test_serve import Server
 from tests.training.conftest import MakeConfig, cpu_trainer
 from training import run
+from training import trainer as trainer_module
 from training.config import TrainConfig, make_config, read_settings
+from training.fast.choice import Choice
+from training.fast.layer import CHOICES
+from training.fast.model import FastModel, Options
 from training.folder_lock import locked
 from training.loss import summed_loss
 from training.packing import collate
@@ -61,6 +66,25 @@ def held_out_loss(outcome: Outcome, model: Any) -> float:
     batch = collate(outcome.dataset.evaluation, rows, 2, is_packed=False)
     with torch.no_grad():
         return float(summed_loss(model.base_model.model, batch)) / batch.num_learned
+
+
+@pytest.mark.parametrize("kept", [frozenset(), frozenset(CHOICES)])
+def test_a_run_takes_the_kernels_that_its_plan_names(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch, kept: frozenset[str]
+) -> None:
+    config, seen = make(kernels="fast", max_steps=1), []
+
+    def note(causal: Any, options: Options) -> FastModel:
+        seen.append(options)
+        return FastModel(causal, options)
+
+    monkeypatch.setattr(trainer_module, "FastModel", note)
+    prepared, planned = run.prepare(config), Options(keep=kept, on_host=False)
+    plan = replace(prepared.plan, kernels=Choice(planned, "planned"))
+    prepared = replace(prepared, plan=plan)
+    sink = Console(file=io.StringIO())
+    run.train(prepared, base_digest(config.base), sink, resume=False, overwrite=False)
+    assert seen == [planned]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's call

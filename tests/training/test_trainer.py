@@ -222,7 +222,7 @@ def test_where_fp16_overflows_the_step_is_done_again_with_half_the_scale(
     assert again.resume()
     assert again.state.loss_scale == 2**14
     again.state.step = 1000
-    again._finite_gradients(again._rows_of(0))
+    again._gradients_of(again._rows_of(0))
     assert again.state.loss_scale == 2**15
 
 
@@ -239,6 +239,43 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_remedy(
     with pytest.raises(ValueError, match=rf"loss of step 1 is {wrong}.* lower learning_rate \(now"):
         trainer.run()
     assert same(weights(trainer), before)
+
+
+@pytest.mark.parametrize(("wrong", "eval_every"), [(math.nan, 1), (math.inf, 2)])
+def test_a_loss_that_is_no_number_ends_the_run_with_the_best_adapter_if_there_is_one(
+    new: MakeTrainer, monkeypatch: pytest.MonkeyPatch, wrong: float, eval_every: int
+) -> None:
+    said: list[str] = []
+    steps: list[int] = []
+    settings: dict[str, Any] = {"max_steps": 5, "eval_every": eval_every, "save_every": 1}
+    trainer = new(**settings, say=said.append, on_step=lambda state: steps.append(state.step))
+    best = eval_every
+    scripted = {0: 9.0, 1: 5.0, 2: 5.0, 3: 6.0, best: 4.0}
+    seen: dict[int, Tensors] = {}
+
+    def held_out_loss() -> float:
+        seen[trainer.state.step] = weights(trainer)
+        return scripted[trainer.state.step]
+
+    def diverged(model: Any, batch: Any) -> torch.Tensor:
+        return summed_loss(model, batch) * (wrong if trainer.state.step == 3 else 1.0)
+
+    monkeypatch.setattr(trainer, "held_out_loss", held_out_loss)
+    monkeypatch.setattr(module, "summed_loss", diverged)
+    state = trainer.run()
+
+    assert (state.step, state.best_step, state.is_stopped) == (3, best, True)
+    assert steps == [1, 2, 3]
+    assert sorted(seen) == [0, *range(eval_every, 4, eval_every)]
+    assert same(weights(trainer), seen[best])
+    (told,) = said
+    assert told.startswith(f"the loss of step 4 is {wrong} and its gradient ")
+    assert told.endswith(f": the run ends with the adapter of step {best}")
+    again = new(**settings)
+    assert again.resume()
+    again.run()
+    assert (again.state.step, again.state.is_stopped) == (3, True)
+    assert same(weights(again), seen[best])
 
 
 def test_the_number_of_processes_may_change_and_is_said(new: MakeTrainer) -> None:

@@ -1,5 +1,6 @@
 """Promotion over HTTP: jobs, weight sets, refusals. The job's stages are stubs."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -250,6 +251,94 @@ def test_demote_deletes_the_artifact_and_keep_leaves_it_unserved_for_good(
         post(server, "bot/demote", {}, 200)
         assert server.registry.artifacts.every() == []
         assert card(server)["artifact"] is None
+
+
+def test_a_model_whose_streams_go_on_keeps_nobody_waiting(
+    open_server: Open, merged: FakeMerged, adapter: Path, make_adapter: MakeAdapter
+) -> None:
+    with open_server() as server:
+        digest = server.registry.push("bot", adapter).digest
+        server.registry.push("other", make_adapter(r=2, seed=5))
+        post(server, "bot/promote", ROWS, 202)
+        wait_ended(server)
+        merged.has_streams = True
+        post(server, "bot/demote", {"keep": True}, 200)
+        assert merged.unloads == [digest]
+        assert card(server)["path"] == "adapter"
+        look(server)
+        assert server.http().delete("/v1/adapters/bot/promotion").status_code == 404
+        post(server, "other/promote", ROWS, 202)
+        assert wait_ended(server, "other")["path"] == "merged"
+        post(server, "bot/promote", ROWS, 200)  # asked for again before it has left
+        settle(server, lambda: card(server)["path"] == "merged")
+        post(server, "bot/demote", {}, 200)
+        assert [each.revision for each in server.registry.artifacts.every()] == ["other@1"]
+        merged.has_streams = False
+        assert post(server, "bot/demote", {}, 409)["error"]["message"].endswith("is not promoted.")
+        assert merged.routes.keys() == {server.registry.resolve("other").digest}
+
+
+def test_a_restart_while_a_demoted_model_s_streams_go_on_brings_nothing_back(
+    open_server: Open, merged: FakeMerged, adapter: Path, tmp_path: Path
+) -> None:
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        post(server, "bot/promote", ROWS, 202)
+        wait_ended(server)
+        merged.has_streams = True
+        post(server, "bot/demote", {}, 200)
+        assert list((tmp_path / "store" / "artifacts").iterdir()) == []
+    merged.has_streams = False
+    merged.loads.clear()
+    with open_server() as server:
+        look(server)
+        assert (card(server)["path"], card(server)["artifact"]) == ("adapter", None)
+        assert merged.loads == []
+
+
+def test_what_had_no_room_is_tried_again_when_another_model_has_left(
+    open_server: Open, merged: FakeMerged, adapter: Path, make_adapter: MakeAdapter
+) -> None:
+    with open_server() as server:
+        for name, folder in (("bot", adapter), ("other", make_adapter(r=2, seed=5))):
+            server.registry.push(name, folder)
+        post(server, "bot/promote", ROWS, 202)
+        wait_ended(server)
+        merged.has_streams, merged.refusal = True, "there is no room"
+        post(server, "bot/demote", {}, 200)
+        post(server, "other/promote", ROWS, 202)
+        assert wait_ended(server, "other")["message"] == "there is no room"
+        merged.refusal = None
+        look(server)
+        assert card(server, "other")["path"] == "adapter"  # not tried all the time
+        merged.has_streams = False
+        settle(server, lambda: card(server, "other")["path"] == "merged")
+
+
+def test_the_engine_is_told_to_let_a_model_go_before_it_is_asked_for_it_again(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: Path
+) -> None:
+    """Else it would let go of what requests are sent to."""
+    store, told = tmp_path / "store", []
+    with serving(tiny_base, store, jobs=stub_jobs(store, monkeypatch)) as server:
+        digest = server.registry.push("bot", adapter).digest
+        post(server, "bot/promote", ROWS, 202)
+        wait_ended(server)
+        sets = server.services.promoter._sets
+
+        async def never_free(artifact: str) -> None:
+            told.append(artifact)
+            await asyncio.Event().wait()
+
+        async def unload() -> None:
+            await sets.unload(digest)
+            assert told, "the next thing that the engine hears may be a load"
+            assert sets.path(digest) == "adapter"
+
+        monkeypatch.setattr(server.engine, "drop_weight_set", never_free)
+        server.run(unload())
+        settle(server, lambda: card(server)["path"] == "merged")
+        assert len(told) == 1
 
 
 def test_a_restarted_server_loads_what_is_promoted_and_what_is_published(

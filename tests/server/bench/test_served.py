@@ -1,4 +1,4 @@
-"""`turnout bench --served`, small and on a CPU: a real server, a real comparison, a real merge."""
+"""`turnout bench served`, small and on a CPU: a real server, a real comparison, a real merge."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import torch
 from server.bench import served
 from server.bench.reference import save_reference_base
 from server.bench.served import Scale, compared, kv_bytes, merge, run, wait_until_merged
-from server.cli import app
 from tests.server.bench.test_merged import WIDER
 
 SCALE = Scale(
@@ -152,17 +151,6 @@ def test_a_merge_that_fails_is_an_error_with_its_exit_code(
     monkeypatch.setattr(served, "TURNOUT", ("false",))
     with pytest.raises(ValueError, match=r"the merge failed: .* exit status 1"):
         merge(tmp_path, "cpu")
-
-
-def test_a_merge_is_measured_only_beside_a_server() -> None:
-    with pytest.raises(ValueError, match="--beside-merge is a part of --served"):
-        app(["bench", "--beside-merge"])
-
-
-def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--served measures a GPU, and torch finds none here"):
-        app(["bench", "--served", "--out", str(tmp_path)])
 
 
 class NoServer:

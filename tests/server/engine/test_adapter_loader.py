@@ -1,14 +1,19 @@
 """What cannot be read fails its own requests, by name, and costs nobody else anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from server.engine import adapter_loader
+from server.engine.adapter_loader import AdapterLoader
 from server.engine.request import AdapterRef
+from server.model.spec import FUSED, read_spec
 from tests.conftest import MakeAdapter
 from tests.server.engine.conftest import Harness, MakeHarness
 
@@ -86,3 +91,66 @@ def test_a_lack_of_host_memory_fails_one_load_and_the_next_may_have_it(
         assert f"no host memory for adapter object {adapter.digest}" in failure(harness, adapter)
 
     assert harness.generate(PROMPT, adapter) != without
+
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def spoilt_memory() -> Iterator[None]:
+    """Memory that torch did not clear holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("spoilt_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 8, "target_modules": ALL_LINEAR},  # fills its pages
+        {"r": 5, "target_modules": ALL_LINEAR},
+        {"r": 8, "target_modules": ["k_proj", "down_proj"]},
+        {"r": 8, "target_modules": ALL_LINEAR, "rank_pattern": {"o_proj": 3, "up_proj": 1}},
+        {"r": 8, "target_modules": ALL_LINEAR, "layers_to_transform": [1]},
+    ],
+)
+def test_every_number_is_rounded_once_and_zero_where_the_adapter_has_none(
+    harness: Harness,
+    make_adapter: MakeAdapter,
+    settings: dict[str, Any],
+    stored: torch.dtype,
+    dtype: torch.dtype,
+) -> None:
+    folder = make_adapter(dtype=stored, lora_alpha=11, **settings)
+    adapter = harness.push(folder)
+    spec = read_spec(harness.config.model.path)
+    base: Any = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=dtype)
+    loader = AdapterLoader(harness.config.adapters.store / "objects", base, 8, dtype)
+    packed = loader.read(adapter)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for group, names in FUSED.items():
+        if group not in packed.lora_a:
+            assert not any(name.split(".")[1] in settings["target_modules"] for name in names)
+            continue
+        width = sum(spec.out_splits(group))
+        for layer in range(spec.num_layers):
+            exact = torch.zeros(width, packed.num_rows, dtype=torch.float64)
+            first = 0
+            for index, (name, out) in enumerate(zip(names, spec.out_splits(group), strict=True)):
+                prefix = f"base_model.model.model.layers.{layer}.{name}"
+                lora_a = tensors.get(f"{prefix}.lora_A.weight", torch.zeros(0, 1))
+                lora_b = tensors.get(f"{prefix}.lora_B.weight", torch.zeros(1, 0))
+                rank = len(lora_a)
+                expected_a = torch.zeros(packed.num_rows, spec.in_features(group), dtype=dtype)
+                if rank:
+                    expected_a[:rank] = lora_a.to(dtype)
+                    exact[first : first + out, :rank] = lora_b.double() * (11 / rank)
+                assert torch.equal(packed.lora_a[group][layer, index], expected_a)
+                first += out
+            error = (packed.lora_b[group][layer].double() - exact).abs()
+            half = 0.501 * torch.finfo(dtype).eps + 2**-24  # the scaling is a float itself
+            assert (error <= half * exact.abs()).all()

@@ -1,5 +1,6 @@
 """A merged path that the test directs, and jobs whose stages are stubs."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ class FakeMerged:
         self.loads: list[tuple[str, str, Path]] = []
         self.unloads: list[str] = []
         self.refusal: str | None = None
+        self.has_streams = False  # that run on what is to leave
 
     async def load(self, adapter_digest: str, artifact_digest: str, folder: Path) -> None:
         if self.refusal is not None:
@@ -39,6 +41,8 @@ class FakeMerged:
     async def unload(self, adapter_digest: str) -> None:
         self.unloads.append(adapter_digest)
         self.routes.pop(adapter_digest, None)
+        while self.has_streams:
+            await asyncio.sleep(0.005)
 
     def route(self, adapter_digest: str) -> str | None:
         return self.routes.get(adapter_digest)
