@@ -1,4 +1,4 @@
-"""A stored adapter to the bank's layout: stacked by fused group, in pages, scaling folded in."""
+"""A stored adapter as the bank takes it: stacked by fused group, scaling folded in."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -36,12 +36,9 @@ class ResidentBase(Protocol):
 class AdapterLoader:
     """Reads stored objects for one resident base."""
 
-    def __init__(
-        self, objects: Path, base: ResidentBase, page_rows: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, objects: Path, base: ResidentBase, dtype: torch.dtype) -> None:
         self._objects = objects
         self._base = base
-        self._page_rows = page_rows
         self._dtype = dtype
         device = base.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -69,9 +66,7 @@ class AdapterLoader:
                 raise ValueError(f"adapter object {adapter.digest} has RoPE {manifest.rope}")
             is_pinned = self._stream is not None
             try:
-                packed = _empty(
-                    manifest, self._base.spec, self._page_rows, self._dtype, is_pinned=is_pinned
-                )
+                packed = _empty(manifest, self._base.spec, self._dtype, is_pinned=is_pinned)
             except (MemoryError, RuntimeError) as error:  # torch's words for the same
                 text = f"no host memory for adapter object {adapter.digest}: {error}"
                 raise OSError(text) from error
@@ -126,13 +121,12 @@ def dora_gain(
 def _empty(
     manifest: AdapterManifest,
     spec: ModelSpec,
-    page_rows: int,
     dtype: torch.dtype,
     *,
     is_pinned: bool,
 ) -> PackedAdapter:
     """Memory for each fused group that the adapter touches: zeros, unless it fills all of it."""
-    num_rows = -(-manifest.num_rank_rows // page_rows) * page_rows
+    num_rows = manifest.num_rank_rows
     lora_a: dict[str, torch.Tensor] = {}
     lora_b: dict[str, torch.Tensor] = {}
     ranks = defaultdict[str, list[int]](list)

@@ -191,7 +191,7 @@ def _adapter_cache(
     rotary: RotaryTables,
 ) -> AdapterCache:
     page_rows = config.adapters.page_rows
-    loader = AdapterLoader(config.adapters.store / "objects", base, page_rows, dtype)
+    loader = AdapterLoader(config.adapters.store / "objects", base, dtype)
 
     def write(pages: list[int], adapter: HostAdapter) -> None:
         assert isinstance(adapter, PackedAdapter), "what the loader reads"

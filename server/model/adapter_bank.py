@@ -15,11 +15,12 @@ _MAX_STACKED_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """One adapter in the bank's layout, in host memory (pinned for a GPU), padded to whole pages.
+    """One adapter at its true rank in host memory (pinned for a GPU), ready for the bank.
 
     lora_a     fused group -> [num_layers, num_sublinears, num_rows, in]
     lora_b     fused group -> [num_layers, out, num_rows], scaling folded in: the way adapters are
                stored, for the bank's device turns it around faster than the host
+    num_rows   the highest rank, and one more for DoRA's gain
     gain_row   which of the rows holds DoRA's gain - 1 in lora_b; None without DoRA
     A group that the adapter leaves alone is absent.
     """
@@ -94,6 +95,7 @@ class AdapterBank:
     def write(self, rows: list[int], adapter: PackedAdapter) -> None:
         """Copy an adapter into rows that no later step reads; done when this returns.
 
+        Rows past the adapter's own, to the end of its last page, become zero.
         On a GPU it goes on beside the steps, once those under way are done: they may still read
         what these rows held before. Call it from a thread that may wait.
         """
@@ -108,15 +110,16 @@ class AdapterBank:
 
     def _copy(self, rows: list[int], adapter: PackedAdapter) -> None:
         index = rows_index(rows, self._device)
+        own = rows_index(rows[: adapter.num_rows], self._device)
         for group, bank_a in self._all_a.items():
             bank_b = self._all_b[group]
-            if group not in adapter.lora_a:
+            if group not in adapter.lora_a or adapter.num_rows < len(rows):
                 bank_a[:, :, index] = 0
                 bank_b[:, index] = 0
-                continue
-            bank_a[:, :, index] = adapter.lora_a[group].to(self._device, non_blocking=True)
-            lora_b = adapter.lora_b[group].to(self._device, non_blocking=True)
-            bank_b[:, index] = lora_b.transpose(1, 2)
+            if group in adapter.lora_a:
+                bank_a[:, :, own] = adapter.lora_a[group].to(self._device, non_blocking=True)
+                lora_b = adapter.lora_b[group].to(self._device, non_blocking=True)
+                bank_b[:, own] = lora_b.transpose(1, 2)
 
 
 def bank_row_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:

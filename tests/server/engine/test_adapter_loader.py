@@ -129,8 +129,9 @@ def test_every_number_is_rounded_once_and_zero_where_the_adapter_has_none(
     adapter = harness.push(folder)
     spec = read_spec(harness.config.model.path)
     base: Any = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=dtype)
-    loader = AdapterLoader(harness.config.adapters.store / "objects", base, 8, dtype)
+    loader = AdapterLoader(harness.config.adapters.store / "objects", base, dtype)
     packed = loader.read(adapter)
+    assert packed.num_rows == settings["r"]
     tensors = load_file(folder / "adapter_model.safetensors")
     for group, names in FUSED.items():
         if group not in packed.lora_a:
