@@ -5,7 +5,9 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import uvicorn
 import uvloop
@@ -32,18 +34,21 @@ _LET_GO_S = 5  # after the drain, for what is no inference: uploads, promotions,
 _LINES_TO_TRY = """
   curl {url}/v1/models
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "json", "messages": [{{"role": "user", "content": "{question}"}}]}}'
+  curl {url}/v1/chat/completions \\
+    -H 'content-type: application/json' \\
+    -d '{{"model": "json", "messages":
+        [{{"role": "user", "content": "{question}"}}]}}'
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "pirate", "stream": true,
-         "messages": [{{"role": "user", "content": "{question}"}}]}}'
+  curl {url}/v1/chat/completions \\
+    -H 'content-type: application/json' \\
+    -d '{{"model": "pirate", "stream": true, "messages":
+        [{{"role": "user", "content": "{question}"}}]}}'
 """
 
 
 def run(config: Config, *, example_adapters: bool = False) -> None:
     """Serve until SIGTERM or Ctrl-C. ValueError says what an operator must change."""
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     check_listen(config.server)
@@ -93,7 +98,7 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
             raise
     settle_heap()  # a scrape would set off a full collection
     console.print(display.took(), style="dim", highlight=False, soft_wrap=True)
-    _say_ready(console, config.model.name, url, example_adapters=example_adapters)
+    _say_ready(console, config, url, example_adapters=example_adapters)
     try:
         await _until_stopped(app, engine, serving)
         server.should_exit = True
@@ -103,8 +108,12 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
         registry.close()
 
 
-def _say_ready(console: Console, name: str, url: str, *, example_adapters: bool) -> None:
-    console.print(f"Turnout serves {name} at {url}", style="bold green")
+def _say_ready(console: Console, config: Config, url: str, *, example_adapters: bool) -> None:
+    console.print(f"Turnout serves {config.model.name} at {url}", style="bold green")
+    if config.server.api_keys is not None:
+        header = "-H 'authorization: Bearer KEY'"
+        text = f"Each request needs {header}, of {config.server.api_keys}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if example_adapters:
         text = _LINES_TO_TRY.format(url=url, question="What is the capital of France?")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -153,6 +162,14 @@ def _on_signal(call: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, call)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes to whatever is stderr at the time, so that lines go above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Formatter(logging.Formatter):

@@ -18,13 +18,15 @@ app = typer.Typer(
     help="Register, publish and remove adapters.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 
 
 @app.command()
 def push(
     name: Name,
-    folder: Annotated[Path, typer.Argument(help="As PEFT saves it: config and safetensors.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="As PEFT saves it: config and safetensors.")
+    ],
     publish: Annotated[bool, typer.Option(help="Make it what the name means.")] = True,
     base: Annotated[
         Path | None, typer.Option(help="Checkpoint to check it against while nothing serves.")
@@ -99,7 +101,9 @@ def show(name: Name, store: StorePath = None, url: Url = None, api_key: ApiKey =
 @app.command()
 def publish(
     name: Name,
-    revision: Annotated[int, typer.Argument(help="What NAME shall mean.", min=1)],
+    revision: Annotated[
+        int, typer.Argument(metavar="REVISION", help="What NAME shall mean.", min=1)
+    ],
     store: StorePath = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -172,7 +176,7 @@ def _print_table(columns: Sequence[str], cards: Sequence[Card], when_empty: str)
         return
     if all(card.get("path") != "merged" for card in cards):
         columns = [column for column in columns if column != "path"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         is_number = column not in ("name", "digest", "created", "pinned", "path")
         title = column.removeprefix("num_").replace("_", " ")

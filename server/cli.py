@@ -219,7 +219,7 @@ def loadtest(context: typer.Context) -> None:
 
 @keys.command("new")
 def new(
-    name: Annotated[str, typer.Argument(help="Whose key: the tenant's name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key: the tenant's name.")],
     file: Annotated[Path, typer.Option(help="Keys file, made if it is not there.")],
     scope: Annotated[
         str, typer.Option(help="Among infer, adapters and admin, with commas between.")
@@ -250,9 +250,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args)
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(
-            f"turnout: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        console = Console(stderr=True)  # a terminal gets whole words, a file whole lines
+        is_file = not console.is_terminal
+        said = f"turnout: {error}"
+        console.print(said, style="red", markup=False, highlight=False, soft_wrap=is_file)
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ _POLL_S = 0.3
 _LOAD_S = 120.0  # for the engine to load what was made
 _MIB = 1 << 20
 
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 RevisionNumber = Annotated[
     int | None, typer.Option("--revision", min=1, help="Default: the published one.")
 ]
@@ -172,9 +172,10 @@ def _follow(admin: PromotionAdmin, name: str, revision: int | None) -> Card:
         bar = progress.add_task("starting", total=1.0)
         while True:
             job = admin.job(name, revision)
-            said = job["message"] or job["stage"] or job["status"]
+            has_ended = job["status"] in ENDED  # then its message is said in whole, below the bar
+            said = (not has_ended and (job["message"] or job["stage"])) or job["status"]
             progress.update(bar, description=said[:48], completed=job["fraction"])
-            if job["status"] in ENDED:
+            if has_ended:
                 return job
             time.sleep(_POLL_S)
 
@@ -212,4 +213,5 @@ def _row(card: Card) -> list[str]:
 
 
 def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    console = Console()
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)

@@ -1,6 +1,7 @@
 """What an operator sees while the engine starts, and where the time went."""
 
 import itertools
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -17,7 +18,9 @@ class StartDisplay:
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._began = {_FIRST: now()}
-        self._bar = Progress(console=console, transient=True)
+        # What is written to a terminal meanwhile goes above the bar; a file's lines stay its own.
+        goes_above = sys.stderr.isatty()
+        self._bar = Progress(console=console, transient=True, redirect_stderr=goes_above)
         self._task = self._bar.add_task(_FIRST, total=1.0)
 
     def __enter__(self) -> "StartDisplay":

@@ -57,6 +57,8 @@ def train(
 
     Every setting is an option, --rank 8 say; --settings lists them all.
     """
+    if list_settings:
+        _refuse_beside_settings(context)
     if register is None:
         _refuse_what_registers(context)
     from training import distributed, run
@@ -81,7 +83,7 @@ def train(
             run.train(prepared, digest, console, **how, group=group)
     if not group.is_first:
         return
-    said = f"The adapter is in {settings.out}; {settings.out / 'report.html'} has the curves."
+    said = f"The adapter is in {settings.out}, its curves in\n{settings.out / 'report.html'}"
     console.print(said, markup=False, soft_wrap=True)
     if register is not None:
         adapters_cli.push(
@@ -205,8 +207,20 @@ def quantize(
     run(request, Console())
 
 
+def _refuse_beside_settings(context: typer.Context) -> None:
+    given = [name for name in context.params if _is_typed(context, name)]
+    options = [f"--{name.replace('_', '-')}" for name in given if name != "list_settings"]
+    if beside := [*options, *context.args]:
+        raise ValueError(f"--settings only lists the settings: leave out {' '.join(beside)}")
+
+
 def _refuse_what_registers(context: typer.Context) -> None:
     for name in ("store", "url", "api_key"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _is_typed(context, name):
             raise ValueError(f"--{name.replace('_', '-')} does nothing without --register")
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether the option is on the command line, not from a default or the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

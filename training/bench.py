@@ -205,6 +205,13 @@ def table(found: list[Measured]) -> Table:
     return shown
 
 
+def gpu() -> torch.device:
+    """The GPU that is measured. Exits where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m training.bench measures a GPU, and torch finds none here")
+    return torch.device("cuda")
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON for all figures and losses; a .html beside it.")],
     num_rows: Annotated[list[int], typer.Option(help="Rows of 2,048 tokens in a step.")] = [2, 8],  # noqa: B006
@@ -214,7 +221,7 @@ def main(
 ) -> None:
     """Measure the ladder on this GPU."""
     console = Console(width=140)
-    bench = Bench(shape_7b(num_layers), torch.device("cuda"))
+    bench = Bench(shape_7b(num_layers), gpu())
     found: list[Measured] = []
 
     def measure(rung: Rung, batches: list[Batch], rows: str) -> None:

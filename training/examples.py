@@ -8,6 +8,7 @@ by default; the delta is large beside that rounding, so the adapters hold on the
 """
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional hub kernel
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: E402  # now it is quiet
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 BASE_NAME = "smollm2-135m-instruct"
 ROWS = Path(__file__).parent.parent / "adapters" / "examples" / "rows.jsonl"

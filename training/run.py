@@ -1,7 +1,7 @@
 """`turnout train`: settings in, a folder with an adapter out."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,22 @@ def check_name(name: str | None) -> None:
 def show_settings(console: Console) -> None:
     """Print every setting of a run."""
     table = Table("setting", "default", "", box=None)
-    for name, field in TrainConfig.model_fields.items():
-        default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
-        table.add_row(name, Text(default), Text(field.description or ""))
+    for row in listed_settings():
+        table.add_row(*(Text(cell) for cell in row))
     console.print(table)
+
+
+def listed_settings() -> Iterator[tuple[str, str, str]]:
+    """Name, default as a YAML file would have it (blank: none), and description of each setting."""
+    for name, field in TrainConfig.model_fields.items():
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        match default:
+            case None | {} if not default:
+                spelled = ""
+            case bool():
+                spelled = str(default).lower()
+            case float():
+                spelled = f"{default:g}"
+            case _:
+                spelled = str(default)
+        yield name, spelled, field.description or ""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -25,6 +26,7 @@ from server.bench.http import HttpSystem
 from server.bench.timing import Timing
 from server.bench.workload import ADAPTER_RANK, save_random_adapter
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.engine.messages import EngineInfo
 from server.engine.request import AdapterRef
 from server.model.spec import read_spec
 
@@ -88,6 +90,7 @@ class TurnoutSystem:
 
 
 System = TurnoutSystem | PeftBaseline | HttpSystem
+_TITLES = {PeftBaseline.name: "PEFT", HttpSystem.name: "HTTP"}  # of columns
 
 
 def run(options: BenchOptions) -> list[Row]:
@@ -99,22 +102,23 @@ def run(options: BenchOptions) -> list[Row]:
         contextlib.ExitStack() as running,
     ):
         store = Path(scratch) / "store"
-        folders = [
-            save_random_adapter(Path(scratch) / f"adapter-{i}", spec, seed=i)
-            for i in range(options.num_adapters)
-        ]
-        turnout = TurnoutSystem(options, folders, store)
-        systems: list[System] = [turnout]
-        if options.baseline:
-            systems.append(PeftBaseline(options.model, folders, options.new_tokens))
-        if options.http:
-            http = HttpSystem(
-                options.model, turnout.names, store, options.new_tokens, turnout.bank_rows
-            )
-            running.callback(http.close)
-            systems.append(http)
+        with console.status("Loading what is measured"):
+            folders = [
+                save_random_adapter(Path(scratch) / f"adapter-{i}", spec, seed=i)
+                for i in range(options.num_adapters)
+            ]
+            turnout = TurnoutSystem(options, folders, store)
+            systems: list[System] = [turnout]
+            if options.baseline:
+                systems.append(PeftBaseline(options.model, folders, options.new_tokens))
+            if options.http:
+                http = HttpSystem(
+                    options.model, turnout.names, store, options.new_tokens, turnout.bank_rows
+                )
+                running.callback(http.close)
+                systems.append(http)
         rows = _measure(options, systems, spec.vocab_size, console)
-    _print(rows, options, turnout, console)
+    _print(rows, options, turnout.info, console)
     if options.json_file is not None:
         options.json_file.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows
@@ -173,33 +177,31 @@ def _row(system: str, label: str, batch: int, timings: list[Timing], options: Be
     )
 
 
-def _print(
-    rows: list[Row], options: BenchOptions, turnout: TurnoutSystem, console: Console
-) -> None:
-    info = turnout.info
-    table = Table(
-        title=f"{options.model.name}, {info.quantization}, {info.device} {info.dtype}, "
+def _print(rows: list[Row], options: BenchOptions, info: EngineInfo, console: Console) -> None:
+    console.print(
+        f"{options.model.name}, {info.quantization}, {info.device} {info.dtype}, "
         f"{torch.get_num_threads()} threads: tokens per second, "
-        f"{options.prompt_tokens} in, {options.new_tokens} out"
+        f"{options.prompt_tokens} in, {options.new_tokens} out",
+        highlight=False,
     )
-    for column in ("adapters", "batch"):
-        table.add_column(column)
-    table.add_column("prefill", justify="right")
-    table.add_column("decode", justify="right")
-    table.add_column("total", justify="right")
-    for other in (PeftBaseline.name, HttpSystem.name):
-        table.add_column(f"{other}: total", justify="right")
-        table.add_column("ratio", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("adapters")
+    others = [name for name in _TITLES if any(row.system == name for row in rows)]
+    beside_it = [column for other in others for column in (_TITLES[other], "ratio")]
+    for column in ("batch", "prefill", "decode", "total", *beside_it):
+        table.add_column(column, justify="right")
     found = {(row.system, row.adapters, row.batch): row for row in rows}
     for row in rows:
-        if row.system != turnout.name:
+        if row.system != TurnoutSystem.name:
             continue
         cells = [f"{v:,.0f}" for v in (row.prefill_tok_s, row.decode_tok_s, row.total_tok_s)]
-        for other in (PeftBaseline.name, HttpSystem.name):
-            beside = found.get((other, row.adapters, row.batch))
-            cells += _compared(row, beside) if beside is not None else ["", ""]
+        for other in others:
+            cells += _compared(row, found[other, row.adapters, row.batch])
         table.add_row(row.adapters, str(row.batch), *cells)
     console.print(table)
+    notes = [f"{_TITLES[other]}: {other}, total" for other in others]
+    if notes:
+        console.print("; ".join(notes), highlight=False)
 
 
 def _compared(row: Row, beside: Row) -> list[str]:

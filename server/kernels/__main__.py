@@ -56,7 +56,9 @@ class Linear:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print. Exits where there is no GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m server.kernels measures a GPU, and torch finds none here")
     console = Console()
     console.print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     model = make_model(NF4)

@@ -207,6 +207,18 @@ def test_an_option_with_a_bad_value_is_said_in_one_line(
     assert "--base is" in refused("serve", "--base", tmp_path / "nowhere")
 
 
+def test_a_terminal_gets_an_error_whose_words_are_whole(
+    refused: Turnout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", refused("serve", "--base", "nowhere")).splitlines()
+    assert max(len(line) for line in lines) <= 30
+    whole = "turnout: --base is 'nowhere'; it must be a folder that holds config.json"
+    assert " ".join(line.strip() for line in lines) == whole
+
+
 def test_keys_new_prints_the_key_and_keeps_only_its_hash(
     turnout: Turnout, refused: Turnout, tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_failed_gate_is_said_and_exits_with_1(
     code, _, told = turnout("promote", "bot", "--wait", *options)
     assert code == 1
     assert told.endswith("turnout: bot@1 was not promoted: mean KL is 0.3, 0.2 over 0.1\n")
+    assert told.count("mean KL") == 1  # and not, cut off, beside the bar
     assert way.artifacts.every() == []
 
 
@@ -301,3 +302,15 @@ def test_serve_passes_the_policys_options_on(
     code, _, told = turnout("serve", "--base", tiny_base, "--promote-policy", "auto")
     assert code == 1
     assert "promotion.rows is None" in told
+
+
+def test_a_terminal_gets_notes_whose_words_are_whole_and_a_file_whole_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("NO_COLOR", "1")
+    promote_cli._say("saved over the recent tokens")
+    assert capsys.readouterr().out == "saved over the recent tokens\n"
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    promote_cli._say("saved over the recent tokens")
+    assert capsys.readouterr().out.split("\n") == ["saved over the ", "recent tokens", ""]

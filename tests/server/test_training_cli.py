@@ -109,6 +109,24 @@ def test_train_refuses_what_only_a_registration_needs(refused: Turnout, option: 
     assert refused("train", option, "x") == f"turnout: {option} does nothing without --register\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--dry-run",), "--dry-run"),
+        (("--num-processes", 1), "--num-processes"),
+        (("--register", "bot", "--store", "s"), "--register --store"),
+        (("--rank", 8), "--rank 8"),
+        (("--data", "rows.jsonl", "--rank=8"), "--data --rank=8"),
+    ],
+)
+def test_train_lists_settings_for_nobody_who_also_gives_some(
+    refused: Turnout, given: tuple[object, ...], named: str
+) -> None:
+    said = f"turnout: --settings only lists the settings: leave out {named}\n"
+    assert refused("train", "--settings", *given) == said
+    assert refused("train", *given, "--settings") == said
+
+
 def test_train_takes_a_key_from_the_environment_without_a_registration(
     turnout: Turnout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_the_random_base_has_the_shape_it_is_named_after() -> None:
 def test_the_command_writes_every_figure(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "gpu", lambda: CPU)
     monkeypatch.setattr(module, "Bench", lambda *_: bench)
     monkeypatch.setattr(module, "LADDER", LADDER[2:4])
     monkeypatch.setattr(module, "LENGTH", 32)
@@ -96,3 +97,11 @@ def test_the_command_writes_every_figure(
     assert overlay.count("<polyline") == 6
     assert overlay.count("<svg") == 3  # full, short and packed rows
     assert LADDER[3].name in overlay
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measures a GPU, and torch finds none here"):
+        module.main(tmp_path / "bench.json")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,10 @@ def test_the_recipes_are_those_of_the_adapters_in_the_repository() -> None:
         config = json.loads((ROWS.parent / name / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"]) == (recipe.rank, 2 * recipe.rank)
         assert sorted(config["target_modules"]) == sorted(recipe.targets)
+
+
+@pytest.mark.slow
+def test_the_script_says_nothing_of_packages_that_it_does_without() -> None:
+    command = [sys.executable, "-m", "training.examples", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

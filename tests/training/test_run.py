@@ -405,9 +405,18 @@ def test_what_is_wrong_is_one_line(turnout: Turnout) -> None:
     assert "Traceback" not in turnout("--rank", "0", code=1)
 
 
-def test_the_settings_are_listed(turnout: Turnout) -> None:
-    said = turnout("--settings")
+def test_the_settings_are_listed() -> None:
+    sink = io.StringIO()
+    run.show_settings(Console(file=sink, width=80))
+    said = sink.getvalue()
     assert all(name in said for name in TrainConfig.model_fields)
+    assert not {"None", "False", "{}"} & set(said.split())
+
+
+def test_the_settings_that_are_listed_are_those_of_the_documentation() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name, default, description in run.listed_settings():
+        assert f"| `{name}` | {default} | {description} |" in docs
 
 
 def test_a_name_is_checked_before_the_run() -> None:
