@@ -1,6 +1,8 @@
 """`turnout loadtest …`: make traces, replay them, compare, find the knee."""
 
 import asyncio
+import signal
+import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -76,6 +78,7 @@ CheckShare = Annotated[float, typer.Option(help="Share of replies asked again al
 
 @app.command()
 def trace(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The trace, as JSONL.")],
     url: Url = DEFAULT_URL,
     model: Models = None,
@@ -103,6 +106,16 @@ def trace(
     seed: Seed = 0,
 ) -> None:
     """Make a trace and write it to a file."""
+    if arrivals == "closed":
+        _refuse(context, "belongs to an open loop", "rate", "duration_s")
+    else:
+        _refuse(context, "belongs to --arrivals closed", "users", "requests_per_user")
+    if not storm_size:
+        _refuse(context, "wants a --storm-size", "storm_at_s")
+    if not burst_rate:
+        _refuse(context, "wants a --burst-rate", "burst_at_s", "burst_s")
+    if payloads is None:
+        _refuse(context, "wants --payloads, a file for them", "endpoint", "prompt")
     models = tuple(model or listed_models(Target(url=url)))
     storm = None
     if storm_size:
@@ -139,6 +152,7 @@ def trace(
 
 @app.command()
 def run(
+    context: typer.Context,
     url: Url = DEFAULT_URL,
     trace: Annotated[Path | None, typer.Option(help="Replay this; else one is made.")] = None,
     model: Models = None,
@@ -170,6 +184,13 @@ def run(
     tolerance: Annotated[float, typer.Option(min=0, help="How much worse is no worse.")] = 0.1,
 ) -> None:
     """Replay a trace and report. Exits with 1 where a reply was wrong, or none was whole."""
+    if trace is not None:
+        made = ("model", "rate", "duration_s", "alpha", "prompt_tokens", "output_tokens", "spread")
+        _refuse(context, "is of a trace that is made, and --trace gives one", *made)
+    if prompt != "ids":
+        _refuse(context, "wants --prompt ids", "token_ids")
+    if baseline is None:
+        _refuse(context, "wants a --baseline", "tolerance")
     target = Target(
         url=url,
         endpoint=endpoint,
@@ -183,6 +204,7 @@ def run(
         timeout_s=timeout_s,
     )
     stored = None if baseline is None else _stored_run(baseline)
+    _make_folder(out)
     if trace is not None:
         lines = read_trace(trace)
     else:
@@ -197,6 +219,8 @@ def run(
             seed=seed,
         )
         lines = make_trace(workload)
+    if unknown := set(target.tenant_keys) - {line.tenant for line in lines}:
+        raise ValueError(f"--tenant-key is of {min(unknown)!r}, who is no tenant of the trace")
     options = RunOptions(
         slo=_slo(slo_ttft_s, slo_tpot_s, slo_e2e_s),
         check_share=check_share,
@@ -212,6 +236,7 @@ def run(
 
 @app.command()
 def compare(
+    context: typer.Context,
     adapter: Annotated[
         str | None, typer.Option(help="A: its adapter path, B: its merged path.")
     ] = None,
@@ -237,6 +262,8 @@ def compare(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Compare two ways to be served; say when merging pays. They take turns, block by block."""
+    if prompt != "ids":
+        _refuse(context, "wants --prompt ids", "token_ids")
     if merged_gib and not kv_gib:
         raise ValueError("--merged-gib is the part of a KV cache: give --kv-gib too")
     default = Target(
@@ -249,7 +276,7 @@ def compare(
     )
     names, targets = _sides(default, adapter, a, b)
     options = CompareOptions(
-        batches=tuple(batch or (1, 8, 32)),
+        batches=tuple(sorted(set(batch or (1, 8, 32)))),
         num_blocks=blocks,
         requests_per_user=requests_per_user,
         prompt_tokens=prompt_tokens,
@@ -258,6 +285,7 @@ def compare(
         num_workers=workers,
         seed=seed,
     )
+    _make_folder(out)
     models = (adapter or targets[0].model or targets[1].model or "",)
     report = _watched(lambda watcher: run_comparison(names, targets, models, options, watcher))
     _leave(report, out)
@@ -287,7 +315,7 @@ def knee(
     seed: Seed = 0,
     out: Out = DEFAULT_OUT,
 ) -> None:
-    """Find the highest rate at which the SLO holds, by bisection."""
+    """Find the highest rate at which the SLO holds, by bisection. Exits with 1 without one."""
     target = Target(url=url, endpoint=endpoint, api_key=api_key, timeout_s=timeout_s)
     workload = Workload(
         models=tuple(model or listed_models(target)),
@@ -305,7 +333,11 @@ def knee(
         tolerance=precision,
         num_workers=workers,
     )
-    _leave(_watched(lambda watcher: find_knee(target, workload, options, watcher)), out)
+    _make_folder(out)
+    report = _watched(lambda watcher: find_knee(target, workload, options, watcher))
+    _leave(report, out)
+    if report.is_void:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -335,6 +367,7 @@ def demo(
         num_adapters=adapters, rate=rate, duration_s=duration_s, alpha=alpha, bank_rows=bank_rows
     )
     run_options = RunOptions(slo=_slo(slo_ttft_s, slo_tpot_s, 0.0), check_share=check_share)
+    _make_folder(out)
     report = _watched(lambda watcher: run_demo(options, run_options, watcher))
     _leave(report, out)
     _judge(report, None, 0.0)
@@ -381,10 +414,29 @@ def _stored_run(path: Path) -> RunReport:
     return report
 
 
+def _refuse(context: typer.Context, why: str, *names: str) -> None:
+    """Raise ValueError if an option was typed that would do nothing here."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder of the report. What forbids it is found out before the load, not after."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+
+
 def _watched(work: Callable[[LiveProgress], Coroutine[Any, Any, _Report]]) -> _Report:
-    """Do the work while the terminal shows how it goes."""
-    with LiveProgress(Console(stderr=True)) as watcher:
-        return asyncio.run(work(watcher))
+    """Do the work while the terminal shows how it goes. SIGTERM ends it as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with LiveProgress(Console(stderr=True)) as watcher:
+            return asyncio.run(work(watcher))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _leave(report: Report, out: Path) -> None:
@@ -400,7 +452,7 @@ def _judge(report: RunReport, stored: RunReport | None, tolerance: float) -> Non
     worse: Sequence[str] = []
     if stored is not None:
         worse = regressions(stored, report, tolerance)
-        for change in warnings(stored, report) if worse else ():
+        for change in warnings(stored, report):
             _say(f"differs from the stored run: {change}")
         for each in worse:
             Console(stderr=True).print(f"worse: {each}", style="red", markup=False)

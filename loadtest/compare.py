@@ -53,6 +53,8 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches is {self.batches}; each must be 1 or more")
+        if sorted(set(self.batches)) != list(self.batches):
+            raise ValueError(f"batches is {self.batches}; each is said once, the smallest first")
         if self.num_blocks < 2:
             raise ValueError(f"blocks is {self.num_blocks}; an interval needs at least 2")
         if self.output_tokens < 2:

@@ -1,6 +1,7 @@
 """HTTP/1.1 with as little as possible between the socket and the clock."""
 
 import asyncio
+import errno
 import ssl
 import time
 import urllib.parse
@@ -10,6 +11,8 @@ import httptools
 
 from loadtest.reply import Reply
 
+# What says that this machine, not the server, can open no more connections.
+_OUR_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
 _MAX_IDLE_S = 1.0  # servers close idle connections after some seconds; ours are younger
 
 clock = time.monotonic  # the same clock in every process of this machine
@@ -71,9 +74,11 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._reply.fail("malformed_http")
-            self._finish()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._keeps_alive = False
+            if self._over is not None and not self._over.done():  # what follows a reply is no part
+                self._reply.fail("malformed_http")
+                self._finish()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -84,6 +89,10 @@ class Connection(asyncio.Protocol):
             self._finish()
 
     # httptools calls these
+
+    def on_message_begin(self) -> None:
+        if self._over is None or self._over.done():
+            raise ValueError("a second reply to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -97,6 +106,9 @@ class Connection(asyncio.Protocol):
         self._reply.feed(body, self._now)
 
     def on_message_complete(self) -> None:
+        if self._parser.get_status_code() < 200:  # the reply is yet to come
+            self._headers = {}
+            return
         self._keeps_alive = self._parser.should_keep_alive()
         self._finish()
 
@@ -126,8 +138,9 @@ class Pool:
                     return
                 reply.forget()  # the server closed an idle connection just then
             await self._over(await self._connect(), request, reply)
-        except OSError:
-            reply.fail("no_connection")
+        except OSError as error:
+            is_ours = error.errno in _OUR_LIMITS
+            reply.fail("too_many_connections_here" if is_ours else "no_connection")
 
     def close(self) -> None:
         """Close what is idle."""

@@ -3,6 +3,7 @@
 Adapters are the example ones with another alpha each, so that each is its own weights and digest.
 """
 
+import asyncio
 import contextlib
 import json
 import shlex
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,24 +47,29 @@ class DemoOptions:
 
 async def demo(options: DemoOptions, run_options: RunOptions, watcher: Watcher) -> RunReport:
     """Serve, register the adapters, replay a Zipf trace over them, and stop the server."""
-    with (
-        tempfile.TemporaryDirectory(prefix="turnout-loadtest-") as scratch,
-        serving(options, Path(scratch) / "store") as url,
-    ):
-        watcher.stage("Registering adapters", options.num_adapters)
-        names = []
-        for index in range(options.num_adapters):
-            names.append(push_variant(url, index))
-            watcher.step()
-        workload = Workload(
-            models=tuple(names),
-            rate=options.rate,
-            duration_s=options.duration_s,
-            alpha=options.alpha,
-            prompt_tokens=options.prompt_tokens,
-            output_tokens=options.output_tokens,
-        )
-        return await run(Target(url=url), make_trace(workload), run_options, watcher)
+    with tempfile.TemporaryDirectory(prefix="turnout-loadtest-") as scratch:
+        async with serving(options, Path(scratch) / "store") as url:
+            return await _load(url, options, run_options, watcher)
+
+
+async def _load(
+    url: str, options: DemoOptions, run_options: RunOptions, watcher: Watcher
+) -> RunReport:
+    watcher.stage("Registering adapters", options.num_adapters)
+    names = []
+    for index in range(options.num_adapters):
+        names.append(push_variant(url, index))
+        watcher.step()
+        await asyncio.sleep(0)  # so that Ctrl-C is heard
+    workload = Workload(
+        models=tuple(names),
+        rate=options.rate,
+        duration_s=options.duration_s,
+        alpha=options.alpha,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+    )
+    return await run(Target(url=url), make_trace(workload), run_options, watcher)
 
 
 def push_variant(url: str, index: int) -> str:
@@ -75,16 +81,19 @@ def push_variant(url: str, index: int) -> str:
     contents = (json.dumps(config).encode(), (folder / _FILES[1]).read_bytes())
     name = f"{folder.name}-{index // len(folders)}"
     files = [(file, (file, content)) for file, content in zip(_FILES, contents, strict=True)]
-    reply = httpx.post(
-        f"{url}/v1/adapters", data={"name": name}, files=files, timeout=60, trust_env=False
-    )
+    try:
+        reply = httpx.post(
+            f"{url}/v1/adapters", data={"name": name}, files=files, timeout=60, trust_env=False
+        )
+    except httpx.TransportError as error:
+        raise ValueError(f"{url} did not take the adapter {name}: {error}") from None
     if reply.is_error:
         raise ValueError(f"{url} refused the adapter {name}: {reply.text[:400]}")
     return name
 
 
-@contextlib.contextmanager
-def serving(options: DemoOptions, store: Path) -> Iterator[str]:
+@contextlib.asynccontextmanager
+async def serving(options: DemoOptions, store: Path) -> AsyncIterator[str]:
     """A server process; yields its URL once it is ready, and stops it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -96,7 +105,7 @@ def serving(options: DemoOptions, store: Path) -> Iterator[str]:
     with log.open("wb") as opened:
         process = subprocess.Popen(command, stdout=opened, stderr=opened)
     try:
-        _wait_ready(url, process, command, log)
+        await _wait_ready(url, process, command, log)
         yield url
     finally:
         process.terminate()
@@ -107,7 +116,7 @@ def serving(options: DemoOptions, store: Path) -> Iterator[str]:
             process.wait()
 
 
-def _wait_ready(
+async def _wait_ready(
     url: str, process: "subprocess.Popen[bytes]", command: Sequence[str], log: Path
 ) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
@@ -118,5 +127,5 @@ def _wait_ready(
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
                 return
-        time.sleep(0.1)
+        await asyncio.sleep(0.1)
     raise ValueError(f"{url} was not ready within {_START_TIMEOUT_S:.0f} s")

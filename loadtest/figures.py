@@ -1,5 +1,6 @@
 """From records to the figures of a report."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,6 +20,12 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float | None = 1.0
     tpot_s: float | None = 0.2  # the mean time per token after the first
     e2e_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            limit = getattr(self, name)
+            if limit is not None and not 0 < limit < math.inf:
+                raise ValueError(f"the SLO's {name} is {limit}; it must be over 0")
 
     def holds(self, record: Record) -> bool:
         """Whether a reply is right, whole and within every limit."""
@@ -162,7 +169,7 @@ def goodput(records: Sequence[Record], slo: Slo) -> Goodput:
 
 
 def elapsed_s(records: Iterable[Record]) -> float:
-    """From the start of the run to the last reply's end."""
+    """From the start of the run until its last request was over, be it by our time limit."""
     return max((record.ended_s for record in records), default=0.0)
 
 

@@ -70,8 +70,8 @@ class Fleet:
         await _together(worker.stop() for worker in self._workers)
 
     def workers_for(self, lines: Sequence[Line]) -> int:
-        """How many processes send a trace."""
-        return self._num_workers or auto_workers(lines)
+        """How many processes send a trace: no more than it has requests."""
+        return min(self._num_workers or auto_workers(lines), len(lines))
 
     async def send(
         self,
@@ -163,5 +163,5 @@ class _Worker:
         line = await self._process.stdout.readline()
         if not line:
             said = (await self._process.stderr.read()).decode(errors="replace")
-            raise RuntimeError(f"a sending process ended early: {said[-2000:]}")
+            raise ChildProcessError(f"a sending process ended early: {said[-2000:]}")
         return line

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from loadtest.environment import differences
+from loadtest.figures import Slo
 from loadtest.report import RunReport
 
 _QUANTILES = ("p50", "p90", "p99")
@@ -48,5 +49,14 @@ def _slower(stored: RunReport, new: RunReport, tolerance: float) -> Iterator[str
 
 
 def warnings(stored: RunReport, new: RunReport) -> list[str]:
-    """What differs between the environments: a regression may be theirs."""
-    return list(differences(stored.environment, new.environment))
+    """What else differs between the runs: what was asked, of what server, from what machine."""
+    pairs = [
+        (name, stored.target.get(name), new.target.get(name))
+        for name in sorted({*stored.target, *new.target} - {"url"})
+    ]
+    pairs += [
+        (f"SLO {name}", getattr(stored.goodput.slo, name), getattr(new.goodput.slo, name))
+        for name in Slo.__struct_fields__
+    ]
+    found = [f"{name}: {old} -> {now}" for name, old, now in pairs if old != now]
+    return [*found, *differences(stored.environment, new.environment)]

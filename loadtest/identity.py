@@ -12,6 +12,8 @@ from loadtest.record import Record
 from loadtest.target import Target
 
 _TIMEOUT_S = 30.0
+# Of a route that is not there, or answers what another server means by it.
+_NO_ANSWER = (httpx.HTTPError, KeyError, TypeError, ValueError)
 
 
 class IdentityCounts(msgspec.Struct):
@@ -70,7 +72,7 @@ def expected_digests(target: Target, models: Iterable[str]) -> dict[str, str]:
     try:
         with _client(target) as client:
             return _expected(client, models)
-    except (httpx.HTTPError, KeyError, TypeError, ValueError):
+    except _NO_ANSWER:
         return {}
 
 
@@ -81,7 +83,8 @@ def _expected(client: httpx.Client, models: Iterable[str]) -> dict[str, str]:
     for model in models:
         name, _, revision = model.partition("@")
         if revision and name in current:
-            expected[model] = _digest_of(client, name, int(revision))
+            if digest := _digest_of(client, name, revision):
+                expected[model] = digest
         elif name in current:
             expected[model] = str(current[name]["digest"])
     return expected
@@ -95,10 +98,10 @@ def listed_models(target: Target) -> list[str]:
     try:
         with _client(target) as client:
             cards = _data(client, "/v1/models")
-    except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
+        adapters = [str(card["id"]) for card in cards if card.get("parent")]
+        found = adapters or [str(card["id"]) for card in cards]
+    except _NO_ANSWER as error:
         raise ValueError(f"{target.root}/v1/models does not answer: {error}") from None
-    adapters = [str(card["id"]) for card in cards if card.get("parent")]
-    found = adapters or [str(card["id"]) for card in cards]
     if not found:
         raise ValueError(f"{target.root} lists no model; name one with --model")
     return found
@@ -125,9 +128,13 @@ def _client(target: Target) -> httpx.Client:
 def _data(client: httpx.Client, path: str) -> Sequence[dict[str, Any]]:
     reply = client.get(path)
     reply.raise_for_status()
-    return list(reply.json()["data"])
+    cards = reply.json()["data"]
+    if not all(isinstance(card, dict) for card in cards):
+        raise TypeError("data holds no objects")
+    return list(cards)
 
 
-def _digest_of(client: httpx.Client, name: str, revision: int) -> str:
+def _digest_of(client: httpx.Client, name: str, revision: str) -> str | None:
+    """A revision's digest; None where the adapter has none of that number."""
     cards = _data(client, f"/v1/adapters/{urllib.parse.quote(name, safe='')}/revisions")
-    return next(str(card["digest"]) for card in cards if card["revision"] == revision)
+    return next((str(card["digest"]) for card in cards if str(card["revision"]) == revision), None)

@@ -65,6 +65,8 @@ async def bisect(
     miss = tried
     while miss / low > 1 + tolerance:
         middle = math.sqrt(low * miss)
+        if not low < middle < miss:  # no number is left between them
+            break
         verdict = await holds(middle)
         if verdict is None:
             return low, False

@@ -9,7 +9,7 @@ from loadtest.environment import Environment
 from loadtest.figures import Latency
 from loadtest.plots import Figure
 from loadtest.progress import ms
-from loadtest.report import CompareReport, KneeReport, Report, RunReport
+from loadtest.report import CompareReport, Difference, KneeReport, Report, RunReport
 
 _CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
@@ -76,11 +76,10 @@ def _compare_page(report: CompareReport) -> str:
     tiles = []
     for batch in report.batches:
         step = next(each for each in batch.differences if each.figure == "tpot mean")
-        change = step.difference.value / step.a
         tiles.append(
             (
                 f"Batch {batch.batch}: time per token, {b} against {a}",
-                f"{change:+.1%}",
+                _relative(step),
                 f"{ms(step.difference.low)} to {ms(step.difference.high)} on {ms(step.a)}",
             )
         )
@@ -90,7 +89,8 @@ def _compare_page(report: CompareReport) -> str:
             "never" if end is None else f"{end:.0%}"
             for end in (curve.break_even_low, curve.break_even_high)
         )
-        tiles.append((f"Batch {curve.batch}: {b} pays from", at, f"of traffic; {low} to {high}"))
+        remark = f"of traffic; {low} to {high}" if (at, low) != ("never", "never") else ""
+        tiles.append((f"Batch {curve.batch}: {b} pays from", at, remark))
     sections = [
         _tiles(tiles),
         _figures(plots.of_comparison(report)),
@@ -254,7 +254,7 @@ def _checks_table(report: RunReport) -> str:
 
 
 def _difference_table(report: CompareReport) -> str:
-    columns = ("batch", "figure", report.names[0], "difference", "95 % from", "to", "relative")
+    columns = ("batch", "figure", report.names[0], "difference", "95% from", "to", "relative")
     rows = [
         (
             str(batch.batch),
@@ -263,12 +263,16 @@ def _difference_table(report: CompareReport) -> str:
             ms(each.difference.value),
             ms(each.difference.low),
             ms(each.difference.high),
-            f"{each.difference.value / each.a:+.1%}" if each.a else "-",
+            _relative(each),
         )
         for batch in report.batches
         for each in batch.differences
     ]
     return _table(columns, rows)
+
+
+def _relative(each: Difference) -> str:
+    return f"{each.difference.value / each.a:+.1%}" if each.a else "-"
 
 
 def _trace_facts(report: RunReport) -> dict[str, str]:

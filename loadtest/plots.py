@@ -1,8 +1,9 @@
 """Which pictures a report has, and what is in each."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from loadtest.svg import (
 _COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 _MAX_DOTS = 3000  # of one picture
 _MAX_BARS = 24
+_Dot = TypeVar("_Dot")
 _SHARE = Axis(0.0, 1.0, format=percent)
 
 
@@ -115,7 +117,7 @@ def _ttft_over_time(report: RunReport) -> Figure:
         )
         if outcome != "ok"
     ]
-    plot.crosses(bad[:_MAX_DOTS], "bad")
+    plot.crosses(_thinned(bad), "bad")
     if bad:
         legend.append((f"{len(bad)} not ok", "bad"))
     remark = "Each dot a request, at the time it was meant to be sent"
@@ -124,13 +126,16 @@ def _ttft_over_time(report: RunReport) -> Figure:
 
 def _in_flight(points: Points) -> Figure:
     changes = []
-    for begun, late, length in zip(points.intended_s, points.late_s, points.e2e_s, strict=True):
-        changes += [(begun, 1), (begun + (late if length is None else length), -1)]
+    for begun, length in zip(points.intended_s, points.over_s, strict=True):
+        changes += [(begun, 1), (begun + length, -1)]
     times, counts, now = [0.0], [0.0], 0
     for time, change in sorted(changes):
         times += [time, time]
         counts += [float(now), float(now + change)]
         now += change
+    width = math.ceil(len(times) / _MAX_DOTS)  # of so many changes the highest is drawn
+    times = times[::width]
+    counts = [max(counts[start : start + width]) for start in range(0, len(counts), width)]
     plot = Plot(
         linear(times, "seconds since the start"), linear(counts), "Requests under way over time"
     )
@@ -196,9 +201,9 @@ def _break_even(report: CompareReport) -> Figure:
         if curve.break_even is not None:
             title = f"break-even at {curve.break_even:.0%}"
             plot.dots([(curve.break_even, 0.0, title)], css, size=5)
-    plot.mark_y(0.0, "break-even")
+    plot.mark_y(0.0)  # at whose ends the curves begin and end: a word there would be crossed out
     remark = (
-        "Tokens per second gained by merging; the merged weights take "
+        "Tokens per second gained by merging (dashed: none); the merged weights take "
         f"{report.memory_share:.0%} of the KV cache"
     )
     return Figure("break-even", "When merging pays", remark, legend, plot.render())
@@ -226,7 +231,7 @@ def _forest(report: CompareReport) -> Figure:
     ends = [end for row in drawn for end in (row.low, row.high)]
     axis = linear(ends, f"{report.names[1]} against {report.names[0]}", format=percent)
     legend = [("faster", "c2"), ("slower", "bad"), ("not told apart", "")]
-    remark = "With 95 % intervals from pairs of blocks"
+    remark = "With 95% intervals from pairs of blocks"
     svg = spans(drawn, axis, "Paired differences")
     return Figure("differences", "Differences", remark, legend, svg)
 
@@ -318,7 +323,7 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 
-def _thinned(dots: Sequence[tuple[float, float, str]]) -> Iterable[tuple[float, float, str]]:
+def _thinned(dots: Sequence[_Dot]) -> Sequence[_Dot]:
     """At most _MAX_DOTS of them, evenly."""
     return dots[:: math.ceil(len(dots) / _MAX_DOTS) or 1]
 

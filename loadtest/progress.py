@@ -6,6 +6,7 @@ from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +60,7 @@ class LiveProgress:
     def stage(self, title: str, total: int) -> None:
         self._counts.clear()
         self._recent.clear()
-        self._bar.reset(self._task, description=title, total=total)
+        self._bar.reset(self._task, description=escape(title), total=total)
 
     def records(self, records: Sequence[Record]) -> None:
         self._counts.update(record.outcome for record in records)
@@ -98,12 +99,12 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def ms(seconds: float | None) -> str:
-    """A time as people read it."""
+    """A time as people read it; less than the microsecond that records are rounded to is 0."""
     if seconds is None:
         return "-"
-    if abs(seconds) >= 1:
+    if abs(seconds) >= 0.9995:
         return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{round(seconds * 1e3, 3) + 0.0:.3g} ms"
 
 
 def say(report: Report, console: Console) -> None:
@@ -124,7 +125,7 @@ def _say_run(report: RunReport, console: Console) -> None:
     parts = {"all": report.total, **report.by_path}
     parts |= {f"tier {tier}": part for tier, part in report.by_tier.items()}
     for name, part in parts.items():
-        table.add_row(name, f"{part.num_requests:,}", *_latency_cells(part))
+        table.add_row(escape(name), f"{part.num_requests:,}", *_latency_cells(part))
     console.print(table)
     good, fair, again = report.goodput, report.fairness, report.recheck
     _line(console, f"Within the SLO: {good.share:.1%}, {good.per_s:.2f} requests per second")
@@ -153,9 +154,9 @@ def _latency_cells(part: Latency) -> list[str]:
 
 def _say_compare(report: CompareReport, console: Console) -> None:
     a, b = report.names
-    table = Table(title=f"{b} minus {a}, paired, 95 % intervals")
+    table = Table(title=escape(f"{b} minus {a}, paired, 95% intervals"))
     for column in ("batch", "", a, "difference", "from", "to"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(escape(column), justify="right" if column else "left")
     for batch in report.batches:
         for each in batch.differences:
             table.add_row(

@@ -19,6 +19,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     index: int  # its line in the trace, from 0
     intended_s: float  # since the start of the run
     late_s: float  # it was sent so much after that
+    over_s: float  # and was over, whatever became of it, so much after that
     outcome: Outcome
     reason: str = ""  # an error's code, or what was wrong
     status: int = 0  # HTTP's; 0 where none came
@@ -41,11 +42,11 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     @property
     def ended_s(self) -> float:
         """When the request was over, since the start of the run."""
-        return self.intended_s + (self.e2e_s if self.e2e_s is not None else self.late_s)
+        return self.intended_s + self.over_s
 
     @property
     def tpot_s(self) -> float | None:
-        """The mean time per token after the first; None where there are no two."""
-        if self.ttft_s is None or self.e2e_s is None or self.num_tokens < 2:
+        """The mean time per token after the first; None where all text came in one piece."""
+        if self.ttft_s is None or self.e2e_s is None or self.num_tokens < 2 or not self.gaps_s:
             return None
         return (self.e2e_s - self.ttft_s) / (self.num_tokens - 1)

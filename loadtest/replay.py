@@ -99,6 +99,7 @@ async def _send(
         intended=intended,
         begin=begin,
         late_s=late_s,
+        over=clock(),
         expected_tokens=line.output_tokens if share.target.ignore_eos else None,
     )
 
@@ -110,9 +111,10 @@ def record_of(
     intended: float,
     begin: float,
     late_s: float,
+    over: float,
     expected_tokens: int | None,
 ) -> Record:
-    """The record of a reply that has ended; `intended` and `begin` are on the clock it was fed."""
+    """The record of a reply that was `over`; times are on the clock that the reply was fed."""
     outcome, reason = reply.outcome(expected_tokens=expected_tokens)
     times = reply.text_times
     headers = reply.headers
@@ -120,6 +122,7 @@ def record_of(
         index=index,
         intended_s=round(intended - begin, 6),
         late_s=round(late_s, 6),
+        over_s=round(over - intended, 6),
         outcome=outcome,
         reason=reason,
         status=reply.status,

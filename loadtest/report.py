@@ -30,6 +30,7 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
 
     intended_s: list[float]
     late_s: list[float]
+    over_s: list[float]
     ttft_s: list[float | None]
     e2e_s: list[float | None]
     tpot_s: list[float | None]

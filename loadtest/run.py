@@ -161,6 +161,7 @@ def _points(records: Sequence[Record], lines: Sequence[Line]) -> Points:
     return Points(
         intended_s=[record.intended_s for record in records],
         late_s=[record.late_s for record in records],
+        over_s=[record.over_s for record in records],
         ttft_s=[record.ttft_s for record in records],
         e2e_s=[record.e2e_s for record in records],
         tpot_s=[record.tpot_s for record in records],

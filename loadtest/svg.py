@@ -32,7 +32,7 @@ def seconds(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{value * 100:.4g} %"
+    return f"{value * 100:.4g}%"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +167,18 @@ class Plot:
             f'text-anchor="{anchor}">{html.escape(text)}</text>'
         )
 
-    def mark_y(self, y: float, text: str) -> None:
-        """A dashed level line with a word above it."""
+    def mark_y(self, y: float, text: str = "") -> None:
+        """A dashed level line, with words above it if there are any."""
         _, at_y = self._at(self._x.low, y)
         self._parts.append(
             f'<line class="mark" x1="{_LEFT}" y1="{at_y:.1f}" '
             f'x2="{WIDTH - _RIGHT}" y2="{at_y:.1f}"/>'
-            f'<text class="mark-text" x="{WIDTH - _RIGHT - 4}" y="{at_y - 5:.1f}" '
-            f'text-anchor="end">{html.escape(text)}</text>'
         )
+        if text:
+            self._parts.append(
+                f'<text class="mark-text" x="{WIDTH - _RIGHT - 4}" y="{at_y - 5:.1f}" '
+                f'text-anchor="end">{html.escape(text)}</text>'
+            )
 
     def render(self) -> str:
         """The picture."""

@@ -1,8 +1,10 @@
 """Whom to ask and how: a server, and the body of each request."""
 
+import math
 import random
+import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -30,6 +32,9 @@ _SECRET_HEADERS = frozenset(
 )
 
 
+_HEADER_TEXT = re.compile("[\t\x20-\x7e\x80-\xff]*")
+
+
 class Target(msgspec.Struct, frozen=True, kw_only=True):
     """A server, and how requests are put to it."""
 
@@ -47,12 +52,29 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 120.0  # for a whole reply
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url is {self.url!r}; it must be http://host:port or https://…")
+        if not is_url(self.url):
+            raise ValueError(
+                f"url is {_without_password(self.url)!r}; it must be http://host:port or https://…"
+            )
+        for named, text in self._texts():
+            if not _HEADER_TEXT.fullmatch(text):
+                raise ValueError(f"{named} has a character that no HTTP header can carry")
         low, high = self.token_ids
         if not 0 <= low < high:
             raise ValueError(f"token_ids is {low}:{high}; it must be a range of ids")
+        if self.prompt == "ids" and self.endpoint == "chat":
+            raise ValueError("prompt is 'ids', which a chat cannot be; ask completions")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.timeout_s < math.inf:
+            raise ValueError(f"timeout_s is {self.timeout_s}; it must be over 0")
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """What goes into headers, and what an error calls it; no key is shown."""
+        for name, value in self.headers.items():
+            yield f"header {name!r}", f"{name}{value}"
+        keys = {"": self.api_key or "", **self.tenant_keys}
+        yield from ((f"the API key {tenant}".rstrip(), key) for tenant, key in keys.items())
 
     @property
     def path(self) -> str:
@@ -82,7 +104,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         if self.model is not None:
             shown["model"] = self.model
         return {
-            "url": _without_password(self.url),
+            "url": self.url,
             "endpoint": self.endpoint,
             "prompt": self.prompt,
             "temperature": f"{self.temperature:g}",
@@ -123,9 +145,8 @@ def request_bytes(target: Target, line: Line, *, greedy: bool = False) -> bytes:
     """A whole HTTP/1.1 request, head and body."""
     body = body_of(target, line, greedy=greedy)
     parts = urllib.parse.urlsplit(target.url)
-    host = parts.netloc.rpartition("@")[2]
     headers = {
-        "host": host,
+        "host": parts.netloc,
         "content-type": "application/json",
         "accept": "text/event-stream",
         "content-length": str(len(body)),
@@ -146,6 +167,26 @@ def ids(line: Line, token_ids: tuple[int, int]) -> list[int]:
     return random.Random(line.seed).choices(range(low, high), k=line.prompt_tokens)
 
 
+def is_url(text: str) -> bool:
+    """Whether this is a server's address, and nothing that would not be heeded beside it."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        port = parts.port
+    except ValueError:
+        return False
+    labels = (parts.hostname or "").removesuffix(".").split(".")
+    return (
+        parts.scheme in ("http", "https")
+        and all(0 < len(label) < 64 for label in labels)  # or no name server can be asked
+        and port != 0
+        and not (parts.username or parts.password or parts.query or parts.fragment)
+        and text.isascii()
+        and text.isprintable()
+        and " " not in text
+    )
+
+
 def _without_password(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """A URL as it may be shown, right or wrong."""
+    scheme, slashes, rest = url.partition("://")
+    return f"{scheme}{slashes}{rest.rpartition('@')[2]}"

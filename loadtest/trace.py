@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+_MAX_TOKENS = 10_000_000  # of a prompt or a reply: past every context there is
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One request of a trace.
@@ -29,8 +31,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if not self.model:
             raise ValueError("model is empty")
         for name in ("prompt_tokens", "output_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+            if not 1 <= getattr(self, name) <= _MAX_TOKENS:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in 1..{_MAX_TOKENS}")
 
 
 def encode_trace(lines: Iterable[Line]) -> bytes:

@@ -2,12 +2,15 @@
 
 In:   a Share as one line of JSON; then, when every process is ready, the time to begin.
 Out:  an empty line when ready; then lines of JSON, each the records since the line before; then
-      an empty line. After it the next share may come; at the end of stdin the process ends.
+      an empty line. After it the next share may come; at the end of stdin the process ends, and
+      so it does, whatever it is doing, when the process that started it is no more.
 """
 
 import asyncio
 import contextlib
 import gc
+import os
+import resource
 import sys
 from typing import BinaryIO
 
@@ -25,16 +28,18 @@ async def work(share: Share, prepared: dict[int, bytes], begin: float, out: Bina
     records: list[Record] = []
     over = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        group.create_task(_flush(records, out, over))
+        group.create_task(_flush(records, out, over, os.getppid()))
         try:
             await replay(share, prepared, begin, records.append)
         finally:
             over.set()
 
 
-async def _flush(records: list[Record], out: BinaryIO, over: asyncio.Event) -> None:
+async def _flush(records: list[Record], out: BinaryIO, over: asyncio.Event, parent: int) -> None:
     """Write what has come to be, every so often, until the work is over and all is written."""
     while not over.is_set() or records:
+        if os.getppid() != parent:
+            raise ChildProcessError("nobody is left to read the records")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FLUSH_S):
                 await over.wait()
@@ -53,6 +58,8 @@ def _write(records: list[Record], out: BinaryIO) -> None:
 def main() -> None:
     """Work on what stdin says until it ends."""
     stdin, stdout = sys.stdin.buffer, sys.stdout.buffer
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
     while line := stdin.readline():
         share = msgspec.json.decode(line, type=Share)
         prepared = prepare(share)

@@ -1,5 +1,6 @@
 """Makes traces: when requests come, whom they ask, how long they are. One seed, one trace."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,7 @@ Arrivals = Literal["poisson", "constant", "closed"]
 
 _STORM_S = 1.0  # a cold-start storm arrives within this time
 _BURST_TENANT = "burst"
+_MAX_REQUESTS = 10_000_000  # of a trace: some gigabytes
 
 _Asked = tuple[float, str, str | None]  # time_s, model, and the tenant where it is given
 
@@ -24,6 +26,9 @@ class Storm:
     at_s: float
     models: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _demand(self, "at_s", least=0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Burst:
@@ -33,6 +38,11 @@ class Burst:
     length_s: float
     rate: float  # requests per second
     model: str
+
+    def __post_init__(self) -> None:
+        _demand(self, "at_s", least=0)
+        _demand(self, "length_s", "rate", over=0)
+        _demand_room(self.rate * self.length_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +69,37 @@ class Workload:
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("models is empty; a trace needs a model to ask for")
-        bounds = {"rate": 0.0, "duration_s": 0.0, "users": 0, "requests_per_user": 0, "tenants": 0}
-        for name, bound in bounds.items():
-            if not getattr(self, name) > bound:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be over {bound}")
-        for name in ("alpha", "spread"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.drift_s is not None and not self.drift_s > 0:
-            raise ValueError(f"drift_s is {self.drift_s}; it must be over 0")
-        if self.arrivals == "closed" and (self.storm or self.burst):
-            raise ValueError("storm and burst need an open loop: arrivals is 'closed'")
+        _demand(self, "rate", "duration_s", "users", "requests_per_user", "tenants", over=0)
+        _demand(self, "alpha", "spread", "seed", least=0)
+        if self.drift_s is not None:
+            _demand(self, "drift_s", over=0)
+        if self.arrivals == "closed" and (self.storm or self.burst or self.drift_s):
+            raise ValueError("storm, burst and drift need an open loop: arrivals is 'closed'")
+        for name in ("prompt_tokens", "output_tokens"):
+            if self.spread and getattr(self, name) > self.max_tokens:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; lengths with a spread are drawn "
+                    f"up to {self.max_tokens}"
+                )
+        is_closed = self.arrivals == "closed"
+        _demand_room(
+            self.users * self.requests_per_user if is_closed else self.rate * self.duration_s
+        )
+
+
+def _demand(of: object, *names: str, over: float | None = None, least: float | None = None) -> None:
+    """Raise ValueError for a number that is not finite, not `over` this, or less than `least`."""
+    for name in names:
+        value = getattr(of, name)
+        if over is not None and not over < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be over {over}")
+        if least is not None and not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be {least} or more")
+
+
+def _demand_room(num_requests: float) -> None:
+    if num_requests > _MAX_REQUESTS:
+        raise ValueError(f"that is {num_requests:.3g} requests; a trace has {_MAX_REQUESTS:,}")
 
 
 def make_trace(workload: Workload) -> list[Line]:
@@ -166,8 +196,9 @@ def _length(workload: Workload, median: int, random: np.random.Generator) -> int
     """A length whose median is `median`."""
     if workload.spread == 0:
         return median
-    drawn = median * float(np.exp(workload.spread * random.standard_normal()))
-    return min(max(1, round(drawn)), workload.max_tokens)
+    with np.errstate(over="ignore"):
+        drawn = median * float(np.exp(workload.spread * random.standard_normal()))
+    return round(min(max(1.0, drawn), workload.max_tokens))
 
 
 def cold_models(models: Sequence[str], count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

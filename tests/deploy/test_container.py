@@ -101,6 +101,17 @@ def test_whoever_stops_the_server_waits_longer_than_a_drain_takes() -> None:
     assert seconds(unit()["TimeoutStopSec"][0]) > drain_s + 5
 
 
+def test_a_drain_that_is_stuck_is_heard_of_before_the_process_is_killed() -> None:
+    """It takes a scrape and an evaluation; in those seconds nobody may have stopped the server."""
+    alerts = (DEPLOY / "prometheus" / "alerts.yaml").read_text()
+    (past_s,) = re.findall(r"turnout_drain_limit_seconds > (\d+)\n", alerts)
+    scraping = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())["global"]
+    wait = sum(seconds(scraping[each]) for each in ("scrape_interval", "evaluation_interval"))
+    heard_of = ServerConfig().drain_s + int(past_s) + wait
+    assert seconds(compose()["services"]["turnout"]["stop_grace_period"]) > heard_of
+    assert seconds(unit()["TimeoutStopSec"][0]) > heard_of
+
+
 def test_only_the_server_gets_the_signal_and_an_engine_s_death_stops_nobody() -> None:
     assert unit()["KillMode"] == ["mixed"]
     assert unit()["OOMPolicy"] == ["continue"]

@@ -14,7 +14,7 @@ FAKE = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$LOG"
 [ "${DOWN:-0}" = 0 ] || { echo "no route to the mirror" >&2; exit 100; }
 case "$*" in
-  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/pip" ;;
+  "-m venv "*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/pip" ;;
 esac
 """
 SUDO = """#!/bin/sh
@@ -65,13 +65,16 @@ def test_everything_is_fetched_in_fixed_versions_where_they_can_be_chosen(checko
     assert "make quantizer" in called
     (npm,) = [line for line in called if line.startswith("npm ")]
     assert npm.endswith("@grafana/schema@13.2.3 typescript@5.9.3")
-    (pip,) = [line for line in called if line.startswith("pip ")]
-    assert all("==" in word for word in pip.split()[3:])
+    linters, aiperf = [line.split()[3:] for line in called if line.startswith("pip ")]
+    assert all("==" in word for word in (*linters, *aiperf))
+    assert [word.partition("==")[0] for word in aiperf] == ["aiperf"]
 
 
 def test_a_mirror_that_is_down_is_said_and_fails_nothing(checkout: Path) -> None:
     called, said = fetch(checkout, mirrors_are_down=True)
-    for what in ("Prometheus", "Chromium", "Grafana's schema", "hadolint or check-jsonschema"):
+    for what in (
+        "Prometheus", "Chromium", "Grafana's schema", "hadolint or check-jsonschema", "aiperf",
+    ):  # fmt: skip
         assert f"TOOLS: {what} could not be had; the tests that need it are SKIPPED" in said
     assert "no route to the mirror" in said
     assert any(line.endswith(" update") for line in called)  # an old list may be the reason
@@ -86,6 +89,8 @@ def test_what_is_there_is_not_fetched_again(checkout: Path) -> None:
     (tools / "venv" / "bin").mkdir(parents=True)
     for name in ("hadolint", "check-jsonschema"):
         (tools / "venv" / "bin" / name).symlink_to(checkout / "bin" / "cat")
+    (tools / "aiperf" / "bin").mkdir(parents=True)
+    (tools / "aiperf" / "bin" / "aiperf").symlink_to(checkout / "bin" / "cat")
     called, _ = fetch(checkout, mirrors_are_down=True)
     assert called == ["make quantizer"]  # which looks for itself
 

@@ -24,7 +24,7 @@ def lines(count: int, *, every_s: float = 0.02, **changed: Any) -> list[Line]:
 
 
 def record(index: int = 0, **changed: Any) -> Record:
-    """A reply that is ok: first token after 0.1 s, 3 tokens, 0.05 s apart."""
+    """A reply that is ok, and over with its last token: 3 of them from 0.1 s on, 0.05 s apart."""
     fields: dict[str, Any] = {
         "intended_s": 0.0,
         "late_s": 0.0,
@@ -37,7 +37,8 @@ def record(index: int = 0, **changed: Any) -> Record:
         "num_tokens": 3,
         **changed,
     }
-    return Record(index=index, **fields)
+    end = fields["late_s"] if fields["e2e_s"] is None else fields["e2e_s"]
+    return Record(index=index, **{"over_s": end, **fields})
 
 
 def environment(**changed: Any) -> Environment:

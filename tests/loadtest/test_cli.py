@@ -1,6 +1,8 @@
 """The command line against a stub: files written, exit codes, what is refused."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,8 @@ from loadtest.trace import read_trace, write_trace
 from server import cli
 from tests.loadtest.making import lines, run_report
 from tests.loadtest.stub import Behaviour, Stub
+from tests.loadtest.test_fleet import children, wait_until
+from tests.server.processes import is_alive
 
 Loadtest = Callable[..., str]
 
@@ -155,10 +159,10 @@ def test_the_gate_passes_an_equal_run_and_fails_a_worse_one(
 ) -> None:
     monkeypatch.setattr("loadtest.figures.MAX_LATE_S", 10.0)  # a busy machine is no matter here
     write_trace(tmp_path / "t", lines(5))
-    run = ("run", "--url", stub.url, "--trace", "t", "--tolerance", 1000)
+    run = ("run", "--url", stub.url, "--trace", "t")
     loadtest(*run, "--out", "stored")
-    stored = ("--baseline", "stored/report.json")
-    loadtest(*run, *stored)
+    stored = ("--baseline", "stored/report.json", "--tolerance", 1000)
+    assert "SLO tpot_s: 0.2 -> 0.3" in loadtest(*run, *stored, "--slo-tpot-s", 0.3)
     stub.default = Behaviour(status=429, refuse_every=3)
     assert "worse: rejected: 1, was 0" in loadtest(*run, *stored, code=1)
 
@@ -186,7 +190,8 @@ def test_a_comparison_of_two_models_leaves_its_report(
     stub.models = {"x": Behaviour(gap_s=0.01), "y": Behaviour(gap_s=0.001)}
     loadtest(
         "compare", "--url", stub.url, "--a", "model=x,name=before", "--b", "model=y,name=after",
-        "--batch", 1, "--batch", 2, "--blocks", 2, "--requests-per-user", 1, "--output-tokens", 3,
+        "--batch", 2, "--batch", 1, "--batch", 2, "--blocks", 2, "--requests-per-user", 1,
+        "--output-tokens", 3,
         "--merged-gib", 1, "--kv-gib", 4, "--out", "o",
     )  # fmt: skip
     report = read_report(tmp_path / "o" / "report.json")
@@ -221,6 +226,66 @@ def test_the_knee_is_looked_for_between_the_rates(
     assert isinstance(report, KneeReport)
     assert report.probes[0].rate == 4
     assert max(probe.rate for probe in report.probes) <= 8
+
+
+def test_a_search_that_finds_no_knee_is_exit_code_1(loadtest: Loadtest, stub: Stub) -> None:
+    stub.default = Behaviour(status=429)
+    said = loadtest("knee", "--url", stub.url, "--model", "a", "--low", 4, "--high", 8,
+                    "--duration-s", 0.5, code=1)  # fmt: skip
+    assert "No knee" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("run --trace t --rate 5", "--rate is of a trace that is made"),
+        ("run --trace t --model other", "--model is of a trace that is made"),
+        ("run --token-ids 5:9", "--token-ids wants --prompt ids"),
+        ("run --model a --tenant-key vip=k", "'vip', who is no tenant of the trace"),
+        ("run --tolerance 0.5", "--tolerance wants a --baseline"),
+        ("compare --adapter a --token-ids 5:9", "--token-ids wants --prompt ids"),
+        ("trace --out t --arrivals closed --rate 5", "--rate belongs to an open loop"),
+        ("trace --out t --users 5", "--users belongs to --arrivals closed"),
+        ("trace --out t --storm-at-s 5", "--storm-at-s wants a --storm-size"),
+        ("trace --out t --burst-s 5", "--burst-s wants a --burst-rate"),
+        ("trace --out t --endpoint chat", "--endpoint wants --payloads"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    loadtest: Loadtest, words: str, complaint: str
+) -> None:
+    assert complaint in loadtest(*words.split(), code=1)
+
+
+@pytest.mark.parametrize("command", ["run", "knee", "compare --b model=b --a"])
+def test_a_folder_that_cannot_be_is_found_out_before_the_load(
+    loadtest: Loadtest, tmp_path: Path, stub: Stub, command: str
+) -> None:
+    (tmp_path / "file").touch()
+    model = ("model=a",) if command.startswith("compare") else ("--model", "a")
+    loadtest(*command.split(), *model, "--url", stub.url, "--out", "file", code=1)
+    assert stub.seen == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_ended_leaves_no_process(
+    tmp_path: Path, stub: Stub, number: signal.Signals
+) -> None:
+    stub.default = Behaviour(ttft_s=60.0)
+    write_trace(tmp_path / "t", lines(3))
+    words = ("run", "--url", stub.url, "--trace", "t")
+    code = f"from server.cli import main; main(['loadtest', *{words!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(demo.EXAMPLES.parent.parent)},
+    )  # fmt: skip
+    wait_until(lambda: len(stub.seen) == 3)
+    (worker,) = children(process.pid)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode not in (0, -signal.SIGTERM)
+    assert "Traceback" not in said
+    assert not is_alive(worker)
 
 
 def test_a_page_is_drawn_again_from_its_report(loadtest: Loadtest, tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def test_a_request_counts_only_if_both_sides_answered_it() -> None:
     [
         ({"batches": ()}, "batches is"),
         ({"batches": (0,)}, "batches is"),
+        ({"batches": (8, 1)}, "the smallest first"),
+        ({"batches": (1, 1)}, "said once"),
         ({"num_blocks": 1}, "blocks is 1"),
         ({"output_tokens": 1}, "output_tokens is 1"),
         ({"memory_share": 1.0}, "memory_share is 1.0"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -159,6 +160,26 @@ async def test_what_is_no_http_is_not_waited_for(script: Script) -> None:
     assert outcome(reply) == ("failed", "malformed_http")
 
 
+async def test_a_switch_to_another_protocol_is_no_reply(script: Script) -> None:
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n"
+    (reply,) = await asked(script(switch + b"zzz"))
+    assert outcome(reply) == ("failed", "http_101")
+
+
+async def test_what_comes_before_a_reply_is_not_taken_for_it(script: Script) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"
+    (reply,) = await asked(script([hints, WITH_LENGTH]))
+    assert outcome(reply)[0] == "ok"
+    assert "link" not in reply.headers
+
+
+async def test_a_second_reply_to_one_request_is_not_added_to_the_first(script: Script) -> None:
+    server = script(WITH_LENGTH + WITH_LENGTH, WITH_LENGTH)
+    replies = await asked(server, times=2)
+    assert [(outcome(reply)[0], len(reply.text_times)) for reply in replies] == [("ok", 1)] * 2
+    assert server.num_connections == 2  # the first one said more than it was asked
+
+
 async def test_a_body_cut_short_of_its_length_is_cut(script: Script) -> None:
     server = script(HEAD + CONTENT[:-8])
     (reply,) = await asked(server)
@@ -169,6 +190,18 @@ async def test_a_closed_port_fails_at_once() -> None:
     reply = Reply()
     await Pool("http://127.0.0.1:9").ask(REQUEST, reply)
     assert outcome(reply) == ("failed", "no_connection")
+
+
+async def test_connections_that_this_machine_cannot_open_are_not_blamed_on_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def none_left(_: Pool) -> Connection:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Pool, "_connect", none_left)
+    reply = Reply()
+    await Pool("http://127.0.0.1:9").ask(REQUEST, reply)
+    assert outcome(reply) == ("failed", "too_many_connections_here")
 
 
 async def test_bytes_that_nobody_asked_for_close_the_connection(script: Script) -> None:

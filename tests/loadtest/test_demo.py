@@ -1,7 +1,7 @@
 """`turnout loadtest demo`: a real server, many adapters, a page at the end."""
 
+import asyncio
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,11 @@ from tests.loadtest.stub import Stub
 from tests.server.processes import is_alive
 
 
-def test_a_server_that_ends_at_once_is_named_with_its_exit_code(tmp_path: Path) -> None:
+async def test_a_server_that_ends_at_once_is_named_with_its_exit_code(tmp_path: Path) -> None:
     options = DemoOptions(command=("sh", "-c", "echo no such base; exit 3"))
-    with (
-        pytest.raises(ValueError, match=r"^sh -c .* ended with 3: no such base$"),
-        serving(options, tmp_path / "store"),
-    ):
-        pytest.fail("served")
+    with pytest.raises(ValueError, match=r"^sh -c .* ended with 3: no such base$"):
+        async with serving(options, tmp_path / "store"):
+            pytest.fail("served")
 
 
 def test_every_adapter_is_pushed_with_an_alpha_of_its_own(stub: Stub) -> None:
@@ -45,37 +43,54 @@ def test_a_refused_adapter_ends_the_demonstration_with_the_servers_words(stub: S
         push_variant(stub.url, 0)
 
 
-def test_a_server_that_never_gets_ready_is_ended(
+async def test_a_server_that_never_gets_ready_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loadtest.demo._START_TIMEOUT_S", 0.3)
     options = DemoOptions(command=("sh", "-c", "echo $$ > pid; exec sleep 60"))
     monkeypatch.chdir(tmp_path)
-    with (
-        pytest.raises(ValueError, match="was not ready within"),
-        serving(options, tmp_path / "store"),
-    ):
-        pytest.fail("served")
+    with pytest.raises(ValueError, match="was not ready within"):
+        async with serving(options, tmp_path / "store"):
+            pytest.fail("served")
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
-def test_a_server_that_does_not_end_when_told_is_killed(
+async def test_a_wait_for_a_server_ends_as_soon_as_it_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C cancels the work; a wait that blocks would not hear of it for minutes."""
+    monkeypatch.chdir(tmp_path)
+    options = DemoOptions(command=("sh", "-c", "echo $$ > pid; exec sleep 60"))
+    work = asyncio.ensure_future(demo(options, RunOptions(), Unwatched()))
+    await wait_for_pid()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_server_that_went_away_is_said_in_words() -> None:
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9 did not take the adapter"):
+        push_variant("http://127.0.0.1:9", 0)
+
+
+async def test_a_server_that_does_not_end_when_told_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loadtest.demo._STOP_TIMEOUT_S", 0.2)
     monkeypatch.setattr("loadtest.demo._wait_ready", wait_for_pid)
     monkeypatch.chdir(tmp_path)
     deaf = "trap '' TERM; echo $$ > pid; while :; do sleep 0.05; done"
-    with serving(DemoOptions(command=("sh", "-c", deaf)), tmp_path / "store"):
+    async with serving(DemoOptions(command=("sh", "-c", deaf)), tmp_path / "store"):
         pid = int((tmp_path / "pid").read_text())
         assert is_alive(pid)
     assert not is_alive(pid)
 
 
-def wait_for_pid(*_: object) -> None:
+async def wait_for_pid(*_: object) -> None:
     """Ready is who has written down its number, in the current folder."""
     while not (Path("pid").exists() and Path("pid").read_text().strip()):
-        time.sleep(0.01)
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.slow

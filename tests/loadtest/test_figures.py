@@ -107,6 +107,8 @@ def test_a_run_lasts_to_the_end_of_its_last_reply() -> None:
     refused = record(1, intended_s=6.0, late_s=0.5, ttft_s=None, e2e_s=None)
     assert elapsed_s([slow, refused]) == 7.0
     assert elapsed_s([refused]) == 6.5
+    hung = record(2, intended_s=1.0, ttft_s=None, e2e_s=None, outcome="cut", over_s=120.0)
+    assert elapsed_s([slow, hung]) == 121.0
     assert elapsed_s([]) == 0.0
 
 
@@ -154,3 +156,14 @@ def test_a_run_without_a_single_ok_reply_is_void() -> None:
 def test_a_closed_loop_plans_no_rate() -> None:
     found = checks([record()], [line(user=0)])
     assert (found.planned_per_s, found.sigmas_off, found.void) == (None, None, [])
+
+
+def test_text_in_one_piece_has_no_time_per_token() -> None:
+    """A proxy that holds a reply back would make its tokens come in no time at all."""
+    assert record(ttft_s=0.2, e2e_s=0.2, gaps_s=[], num_tokens=3).tpot_s is None
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0, float("nan"), float("inf")])
+def test_a_limit_that_nothing_or_everything_keeps_is_refused(limit: float) -> None:
+    with pytest.raises(ValueError, match="the SLO's tpot_s is"):
+        Slo(tpot_s=limit)

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,20 @@ from loadtest.replay import Share
 from loadtest.target import Target
 from tests.loadtest.making import line, lines
 from tests.loadtest.stub import Behaviour, Stub
+from tests.server.processes import is_alive
 
 
-def children() -> list[int]:
-    """This process's own, of any of its threads."""
-    tasks = Path("/proc/self/task").glob("*/children")
+def children(of: int | str = "self") -> list[int]:
+    """This process's own, or another's, of any of its threads."""
+    tasks = Path(f"/proc/{of}/task").glob("*/children")
     return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.05)
 
 
 def command_of(pid: int) -> bytes:
@@ -92,10 +102,34 @@ async def test_a_process_that_ends_early_is_an_error_and_the_others_are_stopped(
         return [shares[0], msgspec.structs.replace(shares[1], lines={"x": 1})]
 
     monkeypatch.setattr("loadtest.fleet.split", one_bad_share)
-    with pytest.raises(RuntimeError, match=r"ended early[\s\S]*ValidationError"):
+    with pytest.raises(ChildProcessError, match=r"ended early[\s\S]*ValidationError"):
         async with Fleet(2) as fleet:
             await fleet.send(Target(url=stub.url), lines(4))
     assert workers() == []
+
+
+def test_a_sending_process_ends_when_the_one_that_started_it_is_killed(stub: Stub) -> None:
+    """Else it would go on loading the server, with nobody to say so."""
+    stub.default = Behaviour(ttft_s=60.0)
+    code = (
+        "import asyncio\nfrom loadtest.fleet import Fleet\nfrom loadtest.target import Target\n"
+        "from tests.loadtest.making import lines\n"
+        "async def main():\n    async with Fleet(1) as fleet:\n"
+        f"        await fleet.send(Target(url={stub.url!r}), lines(3))\n"
+        "asyncio.run(main())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=_ROOT)
+    try:
+        wait_until(lambda: len(stub.seen) == 3)
+        (worker,) = children(parent.pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not is_alive(worker))
+
+
+def test_no_more_processes_are_said_to_send_than_do() -> None:
+    assert Fleet(8).workers_for(lines(3)) == 3
 
 
 def test_lines_are_dealt_evenly_and_a_users_stay_together() -> None:

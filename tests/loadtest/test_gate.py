@@ -77,6 +77,16 @@ def test_a_changed_environment_is_warned_of_line_by_line() -> None:
     assert warnings(run_report(), run_report()) == []
 
 
+def test_another_target_or_slo_is_warned_of_too() -> None:
+    """Chats are slower than completions, and goodput is not compared between two SLOs."""
+    new = run_report(slo=Slo(ttft_s=0.5))
+    new = msgspec.structs.replace(new, target={**new.target, "endpoint": "chat", "url": "http://b"})
+    assert warnings(run_report(), new) == [
+        "endpoint: completions -> chat",
+        "SLO ttft_s: 1.0 -> 0.5",
+    ]
+
+
 def test_a_stored_run_is_still_one_after_a_round_trip() -> None:
     stored = msgspec.json.decode(msgspec.json.encode(run_report()), type=RunReport)
     assert regressions(stored, run_report(), 0.0) == []

@@ -77,6 +77,20 @@ def test_digests_come_from_the_servers_registry(stub: Stub) -> None:
     assert found == {"a": "d2", "a@1": "d1", "b": "d3"}
 
 
+@pytest.mark.parametrize("model", ["a@9", "a@latest"])
+def test_a_revision_that_is_not_there_leaves_the_others_expected(stub: Stub, model: str) -> None:
+    """The server itself will refuse it; that is no reason to stop checking."""
+    stub.registry = {"a": ["d1"], "b": ["d3"]}
+    assert expected_digests(Target(url=stub.url), [model, "b"]) == {"b": "d3"}
+
+
+def test_models_that_are_no_objects_are_no_answer(stub: Stub) -> None:
+    for listed in (["a", "b"], [{"name": "a"}]):
+        stub.listed = listed  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="/v1/models does not answer: "):
+            listed_models(Target(url=stub.url))
+
+
 def test_a_server_without_a_registry_has_no_digests_to_give(stub: Stub) -> None:
     assert expected_digests(Target(url=stub.url), ["a"]) == {}
     assert expected_digests(Target(url="http://127.0.0.1:9"), ["a"]) == {}

@@ -37,6 +37,14 @@ async def test_few_rates_are_tried() -> None:
     assert len(set(server.tried)) == len(server.tried)
 
 
+async def test_a_search_ends_where_no_number_is_left_to_try() -> None:
+    server = Server(9.9)
+    found, is_bounded = await bisect(server.holds, 0.5, 64.0, 1e-300)
+    assert found == pytest.approx(9.9)
+    assert is_bounded
+    assert len(server.tried) < 80
+
+
 async def test_a_server_that_misses_the_lowest_rate_has_no_knee() -> None:
     assert await bisect(Server(0.1).holds, 0.5, 64.0, 0.1) == (None, False)
 

@@ -170,6 +170,17 @@ def test_a_merge_that_never_pays_is_said_to_never_pay() -> None:
     fields = {name: getattr(report, name) for name in report.__struct_fields__}
     text = render(CompareReport(**{**fields, "curves": [never]}))
     assert "never pays" in text
+    assert "never to never" not in text
+
+
+def test_replies_that_came_in_no_time_at_all_have_a_page_too() -> None:
+    """A proxy that holds text back sends all of it at once: A's time per token is 0."""
+    report = a_comparison()
+    batch = report.batches[0]
+    instant = [msgspec.structs.replace(each, a=0.0) for each in batch.differences]
+    batches = [msgspec.structs.replace(batch, differences=instant)]
+    text = render(msgspec.structs.replace(report, batches=batches))
+    assert "<strong>-</strong>" in text
 
 
 def test_a_knee_is_marked_and_void_rates_are_not_drawn() -> None:
@@ -339,7 +350,7 @@ def test_a_comparisons_table_has_every_difference_with_its_interval() -> None:
     report = a_comparison()
     rows = [row for row in Cells(render(report)).rows if len(row) == 7]
     assert len(rows) == 1 + 3 * 4  # the head, and four figures at three batches
-    assert rows[0] == ["batch", "figure", "adapter", "difference", "95 % from", "to", "relative"]
+    assert rows[0] == ["batch", "figure", "adapter", "difference", "95% from", "to", "relative"]
     assert rows[3][:2] == ["1", "tpot mean"]
     assert rows[3][6].startswith("-")
 

@@ -134,6 +134,34 @@ def test_requests_under_way_are_counted_from_when_they_were_due_to_their_end() -
     assert points_of(area)[0][1] == points_of(area)[-1][1] == heights[0]
 
 
+def test_a_long_runs_pictures_stay_small_and_show_its_peak_and_its_last_failure() -> None:
+    trace = lines(8000, every_s=0.1)
+    records = [record(i, intended_s=one.time_s, outcome="cut") for i, one in enumerate(trace)]
+    for each in records[:50]:
+        each.over_s = 400.0  # fifty under way until half the run is over
+    drawn = plots.of_run(run_report(records, trace))
+    under_way = figure(drawn, "in-flight")
+    (line_,) = shapes(under_way, "polyline", "c2")
+    places = points_of(line_)
+    assert len(places) <= 3000
+    half = [y for x, y in places if x < places[len(places) // 2][0]]
+    assert min(y for _, y in places) == min(half)
+    crosses = shapes(figure(drawn, "ttft-time"), "path", "cross")
+    assert len(crosses) <= 3000
+    last = float(crosses[-1].attrib["d"].split()[0].removeprefix("M"))
+    assert last > 500  # at the right end
+
+
+def test_a_request_that_never_got_a_word_is_under_way_until_our_limit() -> None:
+    trace = lines(2)
+    hung = record(1, outcome="cut", ttft_s=None, e2e_s=None, over_s=120.0)
+    drawn = figure(plots.of_run(run_report([record(0), hung], trace)), "in-flight")
+    (line_,) = shapes(drawn, "polyline", "c2")
+    heights = [y for _, y in points_of(line_)]
+    assert points_of(line_)[-2][1] < heights[0]  # one is under way to the right end
+    assert points_of(line_)[-1][0] - points_of(line_)[-3][0] > 400
+
+
 def test_a_refused_request_is_under_way_until_it_was_sent() -> None:
     report = run_of(e2e_s=[None], ttft_s=[None], outcome=["rejected"], late_s=[0.5])
     ET.fromstring(figure(plots.of_run(report), "in-flight").svg)
@@ -173,6 +201,10 @@ def test_the_break_even_curve_has_a_band_and_a_mark_for_each_batch() -> None:
     assert len(shapes(drawn, "polygon", "area")) == len(shapes(drawn, "polyline")) == 3
     pays = [curve for curve in report.curves if curve.break_even is not None]
     assert len(shapes(drawn, "circle")) == len(pays) > 0
+    (zero,) = shapes(drawn, "line", "mark")
+    assert zero.attrib["y1"] == zero.attrib["y2"]
+    assert not shapes(drawn, "text", "mark-text")  # it would lie where the curves end
+    assert "(dashed: none)" in drawn.remark
     assert "10% of the KV cache" in drawn.remark
     for curve, (name, _) in zip(report.curves, drawn.legend, strict=True):
         assert name.startswith(f"{curve.batch} under way: pays from")
@@ -241,8 +273,9 @@ def test_a_rate_at_which_nothing_came_has_no_latency_to_draw() -> None:
 
 def test_only_the_wanted_population_is_taken() -> None:
     points = Points(
-        intended_s=[0.0] * 4, late_s=[0.0] * 4, ttft_s=[1.0, 2.0, 3.0, None], e2e_s=[None] * 4,
-        tpot_s=[None] * 4, outcome=["ok", "ok", "cut", "ok"], model=["m"] * 4,
+        intended_s=[0.0] * 4, late_s=[0.0] * 4, over_s=[0.0] * 4,
+        ttft_s=[1.0, 2.0, 3.0, None], e2e_s=[None] * 4, tpot_s=[None] * 4,
+        outcome=["ok", "ok", "cut", "ok"], model=["m"] * 4,
         path=["a", "b", "a", "a"], tier=[None] * 4,
     )  # fmt: skip
     assert plots._ok(points, points.ttft_s) == [1.0, 2.0]

@@ -27,10 +27,29 @@ def shown(progress: LiveProgress) -> str:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "-"), (0.0123, "12.3 ms"), (2.5, "2.50 s"), (-0.004, "-4 ms")]
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (0.0123, "12.3 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.00 s"),
+        (-0.004, "-4 ms"),
+        (1e-17, "0 ms"),
+        (-1e-9, "0 ms"),
+    ],
 )
 def test_a_time_is_short(seconds: float | None, text: str) -> None:
     assert ms(seconds) == text
+
+
+def test_brackets_in_names_are_shown_not_read() -> None:
+    report = msgspec.structs.replace(a_comparison(), names=("[red]a", "[/b]"))
+    assert "[/b] minus [red]a, paired" in said(report)
+    progress = LiveProgress(Console(file=io.StringIO()))
+    progress.stage("[/b], batch 1", 1)
+    assert "[/b], batch 1" in shown(progress)
+    odd = run_report([record(path="[/b]")], [line()])
+    assert "[/b]" in said(odd)
 
 
 def test_a_sparkline_is_as_high_as_its_values() -> None:

@@ -69,15 +69,18 @@ def some_records(draw: st.DrawFn) -> tuple[list[Line], list[Record]]:
         outcome = draw(st.sampled_from(OUTCOMES))
         if outcome == "ok" and ttft is None:
             ttft = 0.1
+        late = draw(st.floats(0, 0.1))
+        e2e = None if ttft is None else ttft + draw(st.floats(0, 10))
         records.append(
             Record(
                 index=index,
                 intended_s=one.time_s,
-                late_s=draw(st.floats(0, 0.1)),
+                late_s=late,
+                over_s=max(late, e2e or 0.0) + draw(st.floats(0, 10)),
                 outcome=outcome,
                 reason="" if outcome == "ok" else draw(st.sampled_from(["x", "y"])),
                 ttft_s=ttft,
-                e2e_s=None if ttft is None else ttft + draw(st.floats(0, 10)),
+                e2e_s=e2e,
                 num_tokens=one.output_tokens,
                 path=draw(st.sampled_from([None, "adapter", "merged"])),
             )
@@ -134,10 +137,12 @@ def test_any_workload_is_a_trace_in_order_of_known_models_and_lengths(workload: 
     assert make_trace(workload) == trace
 
 
-@given(some_lines(), st.sampled_from(["completions", "chat"]), st.sampled_from(["words", "ids"]))
-def test_any_request_is_whole_http_of_one_json_body(
-    trace: list[Line], endpoint: Any, prompt: Any
-) -> None:
+@given(
+    some_lines(),
+    st.sampled_from([("completions", "words"), ("completions", "ids"), ("chat", "words")]),
+)
+def test_any_request_is_whole_http_of_one_json_body(trace: list[Line], asked: Any) -> None:
+    endpoint, prompt = asked
     target = Target(endpoint=endpoint, prompt=prompt)
     for one in trace:
         head, _, body = request_bytes(target, one).partition(b"\r\n\r\n")

@@ -101,7 +101,7 @@ async def test_on_a_stub_of_known_latency_both_count_and_time_the_same(
 
 async def test_on_our_server_both_count_the_same(aiperf: Path, tmp_path: Path) -> None:
     ensure_default_base()
-    with serving(DemoOptions(), tmp_path / "store") as url:
+    async with serving(DemoOptions(), tmp_path / "store") as url:
         model = push_variant(url, 0)
         trace = lines(10, every_s=0.4, model=model, output_tokens=6, prompt_tokens=12)
         target = Target(url=url, endpoint="chat", timeout_s=60)

@@ -66,8 +66,10 @@ def test_latency_counts_from_when_the_request_was_meant_to_be_sent() -> None:
     reply.feed(event(chunk("a")), 13.0)
     reply.feed(event(chunk("b", finish_reason="length")), 14.0)
     reply.feed(b"data: [DONE]\n\n", 14.0)
-    record = record_of(reply, index=3, intended=10.0, begin=8.0, late_s=2.0, expected_tokens=2)
-    assert (record.intended_s, record.late_s) == (2.0, 2.0)
+    record = record_of(
+        reply, index=3, intended=10.0, begin=8.0, late_s=2.0, over=14.5, expected_tokens=2
+    )
+    assert (record.intended_s, record.late_s, record.ended_s) == (2.0, 2.0, 6.5)
     assert (record.ttft_s, record.e2e_s, record.gaps_s) == (3.0, 4.0, [1.0])
     assert (record.outcome, record.num_tokens, record.tpot_s) == ("ok", 2, 1.0)
 
@@ -126,6 +128,7 @@ async def test_a_reply_that_takes_too_long_is_cut_at_the_limit(stub: Stub) -> No
     (record,) = await replayed(Target(url=stub.url, timeout_s=0.3), [line()])
     assert (record.outcome, record.reason) == ("cut", "timeout")
     assert record.ttft_s is not None
+    assert record.over_s >= 0.3  # under way until then, not until its last text
 
 
 async def test_a_server_that_is_not_there_fails_every_request() -> None:

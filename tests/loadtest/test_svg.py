@@ -43,7 +43,7 @@ def test_times_have_their_unit(value: float, text: str) -> None:
 
 def test_numbers_and_shares_are_short() -> None:
     assert plain(0.30000000000000004) == "0.3"
-    assert percent(0.07) == "7 %"
+    assert percent(0.07) == "7%"
 
 
 def test_values_lie_between_the_ends_of_a_linear_and_of_a_log_axis() -> None:

@@ -88,16 +88,49 @@ def test_the_route_is_below_v1_once(url: str, path: str) -> None:
 
 
 def test_a_url_that_is_none_is_refused() -> None:
-    for url in ("localhost:8000", "ftp://h", ""):
+    for url in (
+        "localhost:8000", "ftp://h", "", "http://", "http://h:99999", "http://h:x", "http://h:0",
+        "http://[::1", "http://h/a b", "http://bücher", "http://h/v1?key=1", f"http://{'h' * 64}",
+        "http://a..b",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="url is"):
             Target(url=url)
     with pytest.raises(ValueError, match="token_ids"):
         Target(token_ids=(5, 5))
 
 
+def test_a_password_in_the_url_is_refused_as_no_request_would_carry_it() -> None:
+    with pytest.raises(ValueError, match="url is 'http://h:1'") as refused:
+        Target(url="http://user:secret@h:1")
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"headers": {"x-a": "☃"}}, "header 'x-a' has a character"),
+        ({"api_key": "secret\n"}, "the API key has a character"),
+        ({"tenant_keys": {"vip": "schlüsselβ"}}, "the API key vip has a character"),
+        ({"endpoint": "chat", "prompt": "ids"}, "prompt is 'ids'"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+    ],
+)
+def test_what_could_not_be_sent_is_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as refused:
+        Target(**options)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_header_may_hold_what_latin_1_holds() -> None:
+    target = Target(headers={"x-a": "ü\t~"})
+    assert "x-a: ü\t~".encode("latin-1") in request_bytes(target, line())
+
+
 def test_no_secret_is_described() -> None:
     target = Target(
-        url="http://user:secret@h:1",
+        url="http://h:1",
         api_key="secret",
         tenant_keys={"t": "secret"},
         headers={"Authorization": "secret", "x-api-key": "secret", "x-other": "shown"},

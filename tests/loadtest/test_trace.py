@@ -47,6 +47,8 @@ def test_each_line_is_plain_json_that_any_tool_can_read(tmp_path: Path) -> None:
          "line 2.*before the line above"),
         ('{"time_s": 9, "tenant": "", "model": "a", "prompt_tokens": 1, "output_tokens": 1, '
          '"user": 1}', "line 2.*every line names a user, or none"),
+        ('{"time_s": 9, "tenant": "", "model": "a", "prompt_tokens": 1000000000000, '
+         '"output_tokens": 1}', "line 2.*prompt_tokens is 1000000000000"),
         ("not json", "line 2"),
     ],
 )  # fmt: skip

@@ -138,8 +138,39 @@ def test_seeds_differ_from_line_to_line() -> None:
         ({"drift_s": 0.0}, "drift_s is 0.0"),
         ({"arrivals": "closed", "burst": Burst(at_s=0, length_s=1, rate=1, model="a")},
          "need an open loop"),
+        ({"arrivals": "closed", "drift_s": 3.0}, "need an open loop"),
+        ({"rate": float("inf")}, "rate is inf"),
+        ({"spread": float("inf")}, "spread is inf"),
+        ({"seed": -1}, "seed is -1"),
+        ({"rate": 1e9}, "that is 6e[+]10 requests"),
+        ({"arrivals": "closed", "users": 10**5, "requests_per_user": 1000}, "1e[+]08 requests"),
+        ({"output_tokens": 5000, "spread": 0.1}, "output_tokens is 5000; .* up to 4096"),
     ],
 )  # fmt: skip
 def test_a_workload_that_will_not_do_is_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Workload(**{"models": MODELS, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"at_s": -1}, "at_s is -1"),
+        ({"length_s": 0}, "length_s is 0"),
+        ({"rate": -5}, "rate is -5"),
+        ({"rate": 1e9}, "1e[+]09 requests"),
+    ],
+)
+def test_a_burst_that_will_not_do_is_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Burst(**{"at_s": 0, "length_s": 1, "rate": 1, "model": "a", **options})
+
+
+def test_a_storm_before_the_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="at_s is -1"):
+        Storm(at_s=-1, models=("a",))
+
+
+def test_the_widest_spread_draws_lengths_still() -> None:
+    lengths = [line.output_tokens for line in made(spread=1000.0, max_tokens=100)]
+    assert (min(lengths), max(lengths)) == (1, 100)
