@@ -25,7 +25,7 @@ from loadtest.run import RunOptions
 from loadtest.run import run as run_trace
 from loadtest.spec import parse_headers, parse_pairs, parse_range, parse_target
 from loadtest.target import Endpoint, Prompt, Target, encode_payloads
-from loadtest.trace import read_trace, write_trace
+from loadtest.trace import read_trace, trace_digest, write_trace
 from loadtest.workload import Arrivals, Burst, Storm, Workload, cold_models, make_trace
 
 app = typer.Typer(
@@ -203,7 +203,7 @@ def run(
         ignore_eos=ignore_eos,
         timeout_s=timeout_s,
     )
-    stored = None if baseline is None else _stored_run(baseline)
+    stored = None if baseline is None else _stored_run(baseline, out)
     _make_folder(out)
     if trace is not None:
         lines = read_trace(trace)
@@ -221,6 +221,8 @@ def run(
         lines = make_trace(workload)
     if unknown := set(target.tenant_keys) - {line.tenant for line in lines}:
         raise ValueError(f"--tenant-key is of {min(unknown)!r}, who is no tenant of the trace")
+    if stored is not None and stored.trace.sha256 != trace_digest(lines):
+        raise ValueError(f"--baseline {baseline} replayed another trace, so nothing could be said")
     options = RunOptions(
         slo=_slo(slo_ttft_s, slo_tpot_s, slo_e2e_s),
         check_share=check_share,
@@ -343,11 +345,14 @@ def knee(
 @app.command()
 def page(
     report: Annotated[Path, typer.Argument(help="A report.json.")],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="The page. Default: report.html beside it.")
+    ] = None,
 ) -> None:
     """Draw the page of a stored report again."""
-    write_page(out, read_report(report))
-    _say(f"{out} written")
+    page = out or report.with_name("report.html")
+    write_page(page, read_report(report))
+    _say(f"{page} written")
 
 
 @app.command()
@@ -407,8 +412,11 @@ def _slo(ttft_s: float, tpot_s: float, e2e_s: float) -> Slo:
     return Slo(ttft_s=ttft_s or None, tpot_s=tpot_s or None, e2e_s=e2e_s or None)
 
 
-def _stored_run(path: Path) -> RunReport:
+def _stored_run(path: Path, out: Path) -> RunReport:
+    """A run to be judged by, which this one's own report must not replace."""
     report = read_report(path)
+    if path.resolve() == (out / "report.json").resolve():
+        raise ValueError(f"--baseline is {path}, which this run would write: name another --out")
     if not isinstance(report, RunReport):
         raise ValueError(f"{path} is a report of another kind; --baseline takes a run's")
     return report

@@ -167,6 +167,21 @@ def test_the_gate_passes_an_equal_run_and_fails_a_worse_one(
     assert "worse: rejected: 1, was 0" in loadtest(*run, *stored, code=1)
 
 
+def test_a_baseline_that_would_say_nothing_or_be_lost_is_refused_before_the_load(
+    loadtest: Loadtest, tmp_path: Path, stub: Stub
+) -> None:
+    write_trace(tmp_path / "t", lines(2))
+    write_trace(tmp_path / "other", lines(3))
+    loadtest("run", "--url", stub.url, "--trace", "t", "--out", "stored")
+    stub.clear()
+    run = ("run", "--url", stub.url, "--baseline", "stored/report.json")
+    said = loadtest(*run, "--trace", "t", "--out", "stored", code=1)
+    assert "stored/report.json, which this run would write: name another --out" in said
+    said = loadtest(*run, "--trace", "other", code=1)
+    assert "stored/report.json replayed another trace" in said
+    assert not stub.seen
+
+
 def test_a_baseline_of_another_kind_is_refused(loadtest: Loadtest, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{}")
     write_trace(tmp_path / "t", lines(1))
@@ -292,6 +307,9 @@ def test_a_page_is_drawn_again_from_its_report(loadtest: Loadtest, tmp_path: Pat
     write_report(tmp_path / "r.json", run_report())
     assert "again.html written" in loadtest("page", "r.json", "--out", "again.html")
     assert "<figure id='ttft-cdf'>" in (tmp_path / "again.html").read_text()
+    (tmp_path / "stored").mkdir()
+    write_report(tmp_path / "stored" / "report.json", run_report())
+    assert "stored/report.html written" in loadtest("page", "stored/report.json")
 
 
 def test_a_server_that_is_not_there_is_said_in_one_line(loadtest: Loadtest) -> None:
