@@ -203,7 +203,9 @@ def run(
         ignore_eos=ignore_eos,
         timeout_s=timeout_s,
     )
-    stored = None if baseline is None else _stored_run(baseline, out)
+    stored = None if baseline is None else _stored_run(baseline)
+    if baseline is not None and baseline.resolve() == (out / "report.json").resolve():
+        raise ValueError(f"--baseline is {baseline}, which this run would write: name another --out")
     _make_folder(out)
     if trace is not None:
         lines = read_trace(trace)
@@ -412,11 +414,8 @@ def _slo(ttft_s: float, tpot_s: float, e2e_s: float) -> Slo:
     return Slo(ttft_s=ttft_s or None, tpot_s=tpot_s or None, e2e_s=e2e_s or None)
 
 
-def _stored_run(path: Path, out: Path) -> RunReport:
-    """A run to be judged by, which this one's own report must not replace."""
+def _stored_run(path: Path) -> RunReport:
     report = read_report(path)
-    if path.resolve() == (out / "report.json").resolve():
-        raise ValueError(f"--baseline is {path}, which this run would write: name another --out")
     if not isinstance(report, RunReport):
         raise ValueError(f"{path} is a report of another kind; --baseline takes a run's")
     return report
