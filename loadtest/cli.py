@@ -205,7 +205,9 @@ def run(
     )
     stored = None if baseline is None else _stored_run(baseline)
     if baseline is not None and baseline.resolve() == (out / "report.json").resolve():
-        raise ValueError(f"--baseline is {baseline}, which this run would write: name another --out")
+        raise ValueError(
+            f"--baseline is {baseline}, which this run would write: name another --out"
+        )
     _make_folder(out)
     if trace is not None:
         lines = read_trace(trace)
