@@ -80,8 +80,11 @@ class AdapterLoader:
         lora_a = stored.get_tensor(f"{module.prefix}.lora_a")  # [rank, in]
         lora_b = stored.get_tensor(f"{module.prefix}.lora_b")  # [out, rank]
         columns = _columns(self._base.spec, group, index)
-        packed.lora_a[group][module.layer, index, : module.rank] = lora_a
+        placed = packed.lora_a[group][module.layer, index, : module.rank]
         scaled = packed.lora_b[group][module.layer, columns, : module.rank]
+        if (lora_a.shape, lora_b.shape) != (placed.shape, scaled.shape):
+            raise TypeError(f"{module.prefix} has another shape")
+        placed.copy_(lora_a)
         exact = torch.promote_types(lora_b.dtype, scaled.dtype)  # rounded once, at the end
         torch.mul(lora_b.to(exact), module.scaling, out=scaled)
         if module.use_dora:

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from server.engine import adapter_loader
 from server.engine.adapter_loader import AdapterLoader
@@ -40,6 +41,15 @@ def count_wrongly(file: Path, adapter: AdapterRef) -> AdapterRef:
     return msgspec.structs.replace(adapter, num_rank_rows=adapter.num_rank_rows + 1)
 
 
+def cut_a_row_off(file: Path, adapter: AdapterRef) -> AdapterRef:
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    name = next(name for name in tensors if name.endswith(".lora_b"))
+    save_file({**tensors, name: tensors[name][1:].contiguous()}, file, metadata)
+    return adapter
+
+
 def failure(harness: Harness, adapter: AdapterRef) -> str:
     """The error that a request for the adapter gets, beside one for the base that gets none."""
     broken = harness.add(PROMPT, adapter)
@@ -56,6 +66,7 @@ def failure(harness: Harness, adapter: AdapterRef) -> str:
     ("spoil", "said"),
     [
         (cut_short, "is damaged"),
+        (cut_a_row_off, "is damaged: layers.0"),
         (take_away, "is not in the store"),
         (count_wrongly, "needs 8 rows"),
     ],
