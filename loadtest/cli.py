@@ -116,6 +116,8 @@ def trace(
         _refuse(context, "wants a --burst-rate", "burst_at_s", "burst_s")
     if payloads is None:
         _refuse(context, "wants --payloads, a file for them", "endpoint", "prompt")
+    if model:
+        _refuse(context, "is asked for models, and --model names them", "url")
     models = tuple(model or listed_models(Target(url=url)))
     storm = None
     if storm_size:

@@ -232,8 +232,9 @@ def test_a_comparison_of_nothing_is_refused(
 
 
 def test_the_knee_is_looked_for_between_the_rates(
-    loadtest: Loadtest, tmp_path: Path, stub: Stub
+    loadtest: Loadtest, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("loadtest.figures.MAX_LATE_S", 10.0)  # a busy machine is no matter here
     loadtest("knee", "--url", stub.url, "--model", "a", "--low", 4, "--high", 8,
              "--duration-s", 0.5, "--output-tokens", 2, "--precision", 10, "--slo-ttft-s", 20,
              "--out", "o")  # fmt: skip
@@ -264,6 +265,7 @@ def test_a_search_that_finds_no_knee_is_exit_code_1(loadtest: Loadtest, stub: St
         ("trace --out t --storm-at-s 5", "--storm-at-s wants a --storm-size"),
         ("trace --out t --burst-s 5", "--burst-s wants a --burst-rate"),
         ("trace --out t --endpoint chat", "--endpoint wants --payloads"),
+        ("trace --out t --model a --url http://u", "--url is asked for models"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
