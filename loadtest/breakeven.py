@@ -30,7 +30,7 @@ from loadtest.stats import Floats, interval_of
 
 _NUM_SHARES = 101
 LEAST_S = 1e-9
-_ROUNDING = 1e-9  # a gain of nothing
+LEAST_GAIN = 1e-9  # less is a rounding error
 
 
 def step_time(step_s: Mapping[int, float], rows: npt.ArrayLike) -> Floats:
@@ -58,7 +58,7 @@ def gains(
 
 def break_even(gain: Sequence[float]) -> float | None:
     """The smallest share from which on every gain is above zero; None if merging never pays."""
-    losing = [index for index, value in enumerate(gain) if value <= _ROUNDING]
+    losing = [index for index, value in enumerate(gain) if value <= LEAST_GAIN]
     first = losing[-1] + 1 if losing else 0
     return None if first == len(gain) else first / (len(gain) - 1)
 
