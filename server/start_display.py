@@ -4,7 +4,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,7 +11,7 @@ from rich.progress import Progress
 _FIRST = "starting the engine"
 
 
-class StartDisplay:
+class StartDisplay(Progress):
     """A progress bar of the engine's stages; each lasts until the next one is heard of."""
 
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
@@ -20,25 +19,13 @@ class StartDisplay:
         self._began = {_FIRST: now()}
         # What is written to a terminal meanwhile goes above the bar; a file's lines stay its own.
         goes_above = sys.stderr.isatty()
-        self._bar = Progress(console=console, transient=True, redirect_stderr=goes_above)
-        self._task = self._bar.add_task(_FIRST, total=1.0)
-
-    def __enter__(self) -> "StartDisplay":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
+        super().__init__(console=console, transient=True, redirect_stderr=goes_above)
+        self._task = self.add_task(_FIRST, total=1.0)
 
     def on_progress(self, stage: str, fraction: float) -> None:
         """Show how far a stage is."""
         self._began.setdefault(stage, self._now())
-        self._bar.update(self._task, description=stage, completed=fraction)
+        self.update(self._task, description=stage, completed=fraction)
 
     def took(self) -> str:
         """Seconds until now, in all and for each stage."""

@@ -176,7 +176,7 @@ def quantize(
     allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Make 4-bit or GGUF files of a merged model or an adapter."""
-    from training.quantize_cli import Request, given_options, run
+    from training.quantize_cli import Request, run
 
     base_model = base_config(base, base_name) if adapter is not None else None
     request = Request(
@@ -187,7 +187,7 @@ def quantize(
         base=base_model.path if base_model else None,
         base_name=base_model.name if base_model else None,
         store=adapter_config(store).store,
-        given=given_options(context),
+        given=_typed(context),
         allow_other_base=allow_other_base,
         merge_base=merge_base,
         group_size=group_size,
@@ -208,19 +208,20 @@ def quantize(
 
 
 def _refuse_beside_settings(context: typer.Context) -> None:
-    given = [name for name in context.params if _is_typed(context, name)]
-    options = [f"--{name.replace('_', '-')}" for name in given if name != "list_settings"]
+    given = sorted(_typed(context) - {"list_settings"})
+    options = [f"--{name.replace('_', '-')}" for name in given]
     if beside := [*options, *context.args]:
         raise ValueError(f"--settings only lists the settings: leave out {' '.join(beside)}")
 
 
 def _refuse_what_registers(context: typer.Context) -> None:
-    for name in ("store", "url", "api_key"):
-        if _is_typed(context, name):
-            raise ValueError(f"--{name.replace('_', '-')} does nothing without --register")
+    for name in sorted(_typed(context) & {"store", "url", "api_key"}):
+        raise ValueError(f"--{name.replace('_', '-')} does nothing without --register")
 
 
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Whether the option is on the command line, not from a default or the environment."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _typed(context: typer.Context) -> frozenset[str]:
+    """Options that stand on the command line; not what a default or the environment gave."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(
+        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    )

@@ -17,7 +17,7 @@ from adapters.store import sync_folder
 from server.base_digest import base_digest as folder_digest
 from training.artifact_stages import SHARES, STAGES, Candidate, Recipe, Stage
 from training.calibration import Calibration, CalibrationOptions, load_calibration
-from training.folder_lock import locked
+from training.folder_lock import scratch
 from training.gate import GateReport, Thresholds
 from training.merge import sync_files, write_json
 from training.merge_adapter import MergeAdapter, open_adapter
@@ -254,17 +254,13 @@ def _opened(
     adapter: str, shape: BaseShape, store: Path, work: Path, allow_other_base: bool
 ) -> Iterator[MergeAdapter]:
     """The adapter, staged beside `work`, so that a folder can change and the call goes on."""
-    folder = work.parent / f".{work.name}-adapter"
-    with locked(folder):
-        staged = folder / "staged"
-        shutil.rmtree(staged, ignore_errors=True)  # of a call that was killed
-        try:
-            with open_adapter(
-                adapter, shape, store, staged, allow_other_base=allow_other_base
-            ) as opened:
-                yield opened
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    with (
+        scratch(work.parent / f".{work.name}-adapter") as folder,
+        open_adapter(
+            adapter, shape, store, folder / "staged", allow_other_base=allow_other_base
+        ) as opened,
+    ):
+        yield opened
 
 
 def _key(

@@ -7,7 +7,6 @@ tells an operator all of it.
 import contextlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +18,7 @@ from rich.table import Table
 from adapters.manifest import BaseShape
 from adapters.store import sync_folder
 from server.versions import version_of
-from training.folder_lock import locked
+from training.folder_lock import scratch
 from training.merge_adapter import MergeAdapter, open_adapter
 from training.merge_checkpoint import (
     FOUR_BIT_REASON,
@@ -74,27 +73,21 @@ def merge(options: MergeOptions, base_digest: str, console: Console) -> dict[str
     merged into, for NaN or Inf in the result, and while another process merges into `out`.
     """
     base = BaseShape.from_config(options.base, options.base_name, base_digest)
-    scratch = options.out.parent / f".{options.out.name}-merging"
-    with locked(scratch):
-        for left in scratch.iterdir():  # by a merge that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            return _merge_in(scratch, options, base, console)
-        finally:
-            shutil.rmtree(scratch)
+    with scratch(options.out.parent / f".{options.out.name}-merging") as folder:
+        return _merge_in(folder, options, base, console)
 
 
 def _merge_in(
-    scratch: Path, options: MergeOptions, base: BaseShape, console: Console
+    folder: Path, options: MergeOptions, base: BaseShape, console: Console
 ) -> dict[str, Any]:
     """Make the checkpoint in an empty folder, and put it in place."""
-    made = scratch / "checkpoint"
+    made = folder / "checkpoint"
     made.mkdir()
     with open_adapter(
         options.adapter,
         base,
         options.store,
-        scratch / "staged",
+        folder / "staged",
         allow_other_base=options.allow_other_base,
     ) as adapter:
         copy_side_files(options.base, made, adapter.manifest.chat_template)

@@ -22,7 +22,7 @@ from training.calibration import (
     CalibrationOptions,
     load_calibration,
 )
-from training.folder_lock import locked
+from training.folder_lock import empty, locked
 from training.merge import PROVENANCE_FILE, sync_files, write_json
 from training.merge_checkpoint import Checkpoint, copy_side_files
 from training.quantize_check import check_result
@@ -147,8 +147,7 @@ def claim(work: Path, key: str) -> Iterator[Path]:
     with locked(work):
         key_file = work / KEY_FILE
         if not key_file.is_file() or key_file.read_text(encoding="utf-8") != key:
-            for path in work.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(work)
             key_file.write_text(key, encoding="utf-8")
         yield work
 

@@ -23,6 +23,7 @@ from training.quantize import ITERATIONS, QuantizeOptions, quantize
 from training.quantize_run import choose_backend
 
 Format = Literal["gptq", "awq", "gguf-f16", "gguf-q8_0", "gguf-lora"]
+_ALWAYS = {"out", "kind", "model", "adapter"}
 _CALIBRATION = {"rows", "eval_rows", "text", "text_share", "tokens", "seed"}
 _QUANTIZER = {"group_size", "device", "backend", "quantizer"}
 _BASE = {"base", "base_name", "store", "allow_other_base"}
@@ -53,7 +54,7 @@ class Request:
     base: Path | None = None  # of the adapter
     base_name: str | None = None
     store: Path
-    given: frozenset[str] = frozenset()  # what was asked for by name, among these options
+    given: frozenset[str] = frozenset()  # options that stand on the command line
     allow_other_base: bool = False
     merge_base: str = "auto"
     group_size: int = 0
@@ -83,7 +84,7 @@ class Request:
         takes = _TAKES.get((self.kind, self.source))
         if takes is None:
             raise ValueError(f"--format {self.kind} {_WANTS[self.source]}")
-        for name in sorted(self.given - takes):
+        for name in sorted(self.given - takes - _ALWAYS):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} does nothing with --{self.source} and {self.kind}")
 
@@ -91,14 +92,6 @@ class Request:
     def source(self) -> str:
         """What it is made from."""
         return "model" if self.model is not None else "adapter"
-
-
-def given_options(context: Any) -> frozenset[str]:
-    """What of a command line was given, and is no default. `context` is click's."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return frozenset(
-        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
-    ) - {"out", "model", "adapter", "kind"}
 
 
 def run(request: Request, console: Console) -> None:

@@ -143,7 +143,7 @@ def _empty(
         lora_a[group] = make(shape_a, dtype=dtype, pin_memory=is_pinned)
         shape_b = (num_layers, width, num_rows)
         lora_b[group] = make(shape_b, dtype=dtype, pin_memory=is_pinned)
-    gain_row = manifest.num_rank_rows - 1 if manifest.use_dora else None
+    gain_row = num_rows - 1 if manifest.use_dora else None
     return PackedAdapter(lora_a, lora_b, num_rows, gain_row)
 
 

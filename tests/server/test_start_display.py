@@ -31,7 +31,7 @@ def test_the_stage_that_runs_is_on_the_terminal_and_gone_at_the_end() -> None:
     console = Console(file=written, force_terminal=True, width=80)
     with StartDisplay(console) as display:
         display.on_progress("loading the base", 0.25)
-        display._bar.refresh()
+        display.refresh()
         assert "loading the base" in written.getvalue()
         assert "25%" in written.getvalue()
     assert written.getvalue().endswith("\x1b[2K")  # the bar's line is erased
@@ -47,7 +47,7 @@ def test_a_line_of_the_log_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", terminal)
     handler = _Handler()
     with StartDisplay(Console(file=terminal, width=80, legacy_windows=False)) as display:
-        display._bar.refresh()
+        display.refresh()
         handler.emit(logging.makeLogRecord({"msg": "adapter registered"}))
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", terminal.getvalue()).splitlines()
     assert "adapter registered" in lines

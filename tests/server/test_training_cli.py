@@ -56,7 +56,6 @@ def test_quantize_passes_every_option_on(
     fake_module(
         "training.quantize_cli",
         run=lambda request, console: seen.append(request),
-        given_options=lambda context: frozenset(context.params),
         Request=dict,
     )
     paths = {name: tmp_path / name for name in ("out", "rows", "eval-rows", "text", "quantizer")}
@@ -95,7 +94,6 @@ def test_a_merged_checkpoint_is_quantized_without_a_base(
     fake_module(
         "training.quantize_cli",
         run=lambda request, console: seen.append(request),
-        given_options=lambda context: frozenset(),
         Request=dict,
     )
     monkeypatch.setattr(training_cli, "base_config", lambda *_: pytest.fail("a base was looked up"))
