@@ -99,7 +99,8 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, tmp_path: Path) 
         server.http().post("/v1/adapters", content=body(), headers=TYPE)
     uploads = server.services.config.adapters.store / "uploads"
     assert server.http().get("/health").status_code == 200
-    wait_until(lambda: not list(uploads.iterdir()), 10.0)  # the server notices in its own time
+    wait_until(uploads.exists, 10.0)  # the server begins, and notices, in its own time
+    wait_until(lambda: not list(uploads.iterdir()), 10.0)
 
 
 @pytest.mark.parametrize(
