@@ -18,19 +18,22 @@ from typing import Any
 
 Say = Callable[..., None]
 _ROW = 256  # tokens
+_LAYERS_PER_CHECKPOINT = 4  # on a GPU: writing one takes longer there than a layer
 _VERSIONS = ("gptqmodel", "auto-round", "torch", "transformers", "numpy")
 
 
 def gptq(job: dict[str, Any], say: Say) -> None:
     """GPTQ (arXiv:2210.17323), layer by layer; what a killed run finished is not done again."""
     library = importlib.import_module("gptqmodel")
+    on_gpu = job["device"] == "cuda"
     config = importlib.import_module("gptqmodel.quantization.config").GPTQConfig(
         bits=4,
         group_size=job["group_size"],
         sym=True,
         desc_act=job["desc_act"],
         act_group_aware=not job["desc_act"],  # inputs in order of weight, groups where they are
-        pack_impl="original",  # the faster one is compiled on first use, with a C++ compiler
+        # On a CPU the faster one is compiled on first use, with a C++ compiler.
+        pack_impl="gpu" if on_gpu else "original",
         auto_forward_data_parallel=False,
     )
     store = importlib.import_module("gptqmodel.looper.checkpoint_store")
@@ -42,7 +45,9 @@ def gptq(job: dict[str, Any], say: Say) -> None:
         batch_size=job["batch_size"],
         calibration_sort="desc",  # of like length in a batch, to pad less
         calibration_data_min_length=1,
-        checkpoint=store.CheckpointConfig(path=job["checkpoints"]),
+        checkpoint=store.CheckpointConfig(
+            path=job["checkpoints"], interval=f"layer:{_LAYERS_PER_CHECKPOINT if on_gpu else 1}"
+        ),
     )
     say("errors", rows=[_error(row) for row in itertools.chain(*log.values())])
     model.save(job["out"])

@@ -29,8 +29,9 @@ class Model:
     def __init__(self, *parts):
         self.parts = parts
     def quantize(self, samples, **options):
+        kept = options["checkpoint"]
         self.said = [self.parts[0], self.parts[1].fields, self.parts[2], samples,
-                     options["checkpoint"].path]
+                     kept.path, kept.interval]
         for layer in range(2):
             self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=False)
             self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=True)
@@ -48,8 +49,8 @@ class GPTQConfig:
     "gptqmodel/looper/__init__.py": "",
     "gptqmodel/looper/checkpoint_store.py": """
 class CheckpointConfig:
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, interval):
+        self.path, self.interval = path, interval
 """,
 }
 
@@ -69,8 +70,11 @@ def run(folder: Path, job: dict[str, Any] | None = None) -> list[Event]:
     return events
 
 
+@pytest.mark.parametrize(
+    ("device", "packs_on", "interval"), [("cpu", "original", "layer:1"), ("cuda", "gpu", "layer:4")]
+)
 def test_the_worker_drives_gptqmodel_and_tells_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, packs_on: str, interval: str
 ) -> None:
     for name, source in STUB.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
@@ -83,7 +87,7 @@ def test_the_worker_drives_gptqmodel_and_tells_of_it(
         "num_layers": 2,
         "group_size": 64,
         "desc_act": False,
-        "device": "cpu",
+        "device": device,
         "batch_size": 4,
         "samples": [[5, 6]],
     }
@@ -97,10 +101,11 @@ def test_the_worker_drives_gptqmodel_and_tells_of_it(
         {"layer": 1, "linear": "mlp.up_proj", "error": 0.25, "seconds": 1.5},
         {"layer": 0, "linear": "mlp.up_proj", "error": None, "seconds": 0.0},
     ]
-    model, config, device, samples, kept = json.loads((tmp_path / "made").read_text())
-    assert (model, device, kept) == ("source", "cpu", "kept")
+    model, config, *said, samples, kept, every = json.loads((tmp_path / "made").read_text())
+    assert (model, said, kept, every) == ("source", [device], "kept", interval)
     assert samples == [{"input_ids": [5, 6], "attention_mask": [1, 1]}]
     assert config.items() >= {"bits": 4, "group_size": 64, "sym": True, "desc_act": False}.items()
+    assert config["pack_impl"] == packs_on
     assert "a banner" in (tmp_path / "worker.log").read_text()
 
 
