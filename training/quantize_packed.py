@@ -11,6 +11,7 @@ from safetensors import safe_open
 from training.merge_checkpoint import INDEX_FILE, SINGLE_FILE
 
 _NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
+_INPUTS_AT_A_TIME = 64
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where AWQ keeps the n-th of eight outputs
 Read = Callable[[str], torch.Tensor]
 
@@ -54,22 +55,40 @@ def _gptq(read: Read) -> torch.Tensor:
 
     The layout keeps each zero point less one.
     """
-    codes = _unpacked(read("qweight").T).T  # [in, out]
-    zeros = (_unpacked(read("qzeros")) + 1) & 15  # [groups, out]
-    group_of = read("g_idx").long()
-    values = (codes - zeros[group_of]) * read("scales").float()[group_of]
-    return values.T.contiguous()
+    packed, zeros = read("qweight"), (_unpacked(read("qzeros")) + 1) & 15
+
+    def codes(inputs: slice) -> torch.Tensor:
+        words = packed[inputs.start // 8 : inputs.stop // 8]
+        return ((words.unsqueeze(1) >> _NIBBLES[:, None]) & 15).flatten(0, 1)
+
+    return _values(codes, zeros, read("scales").float(), read("g_idx").long())
 
 
 def _awq(read: Read) -> torch.Tensor:
     """qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; eights shuffled."""
-    codes, zeros = (_unpacked(read(part), _AWQ_ORDER) for part in ("qweight", "qzeros"))
+    packed, zeros = read("qweight"), _unpacked(read("qzeros"), _AWQ_ORDER)
     scales = read("scales").float()
-    group_size = len(codes) // len(scales)
-    values = (codes - zeros.repeat_interleave(group_size, dim=0)) * scales.repeat_interleave(
-        group_size, dim=0
-    )
-    return values.T.contiguous()
+    group_of = torch.arange(len(packed)) // (len(packed) // len(scales))
+    return _values(lambda inputs: _unpacked(packed[inputs], _AWQ_ORDER), zeros, scales, group_of)
+
+
+def _values(
+    codes: Callable[[slice], torch.Tensor],
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    group_of: torch.Tensor,
+) -> torch.Tensor:
+    """(code - zero) * scale: [out, in] fp32, some inputs at a time, which stay in the caches.
+
+    codes     gives those of a slice of inputs: [inputs, out]
+    group_of  [in]: the row of zeros and scales, [groups, out]
+    """
+    weight = torch.empty(scales.shape[1], len(group_of))
+    for first in range(0, len(group_of), _INPUTS_AT_A_TIME):
+        inputs = slice(first, first + _INPUTS_AT_A_TIME)
+        group = group_of[inputs]
+        weight[:, inputs] = ((codes(inputs) - zeros[group]) * scales[group]).T
+    return weight
 
 
 _LAYOUTS = {"gptq": _gptq, "awq": _awq}
