@@ -106,6 +106,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests under way; past it: 503.")] = 256,
     max_waiting_per_tenant: Annotated[int, typer.Option(help="Past it: 429.")] = 128,
     drain_s: Annotated[float, typer.Option(help="Grace for streams at SIGTERM.")] = 30.0,
+    engine_silence_s: Annotated[
+        float, typer.Option(help="An engine silent for so long is started afresh; 0: never.")
+    ] = 300.0,
     promote_policy: Annotated[
         Policy, typer.Option(help="auto: promote and demote by popularity.")
     ] = "off",
@@ -141,6 +144,7 @@ def serve(
         max_waiting=max_waiting,
         max_waiting_per_tenant=max_waiting_per_tenant,
         drain_s=drain_s,
+        engine_silence_s=engine_silence_s,
     )
     config = Config(
         model=base_config(

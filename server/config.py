@@ -1,5 +1,6 @@
 """Everything an operator can choose, checked when it is built and never changed after."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,13 @@ def _check(ok: bool, name: str, value: object, wanted: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be {wanted}")
 
 
+def _check_at_least(least: int, section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value >= least, f"{section}.{name}", value, f"at least {least}")
+        _check(value < math.inf, f"{section}.{name}", value, "finite")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The resident base."""
@@ -30,7 +38,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.name), "model.name", self.name, "a non-empty name")
-        _check(self.max_model_len >= 0, "model.max_model_len", self.max_model_len, "0 or more")
+        _check_at_least(0, "model", self, "max_model_len")
         _check(
             self.quantization in ("nf4", "gptq", "none"),
             "model.quantization",
@@ -56,7 +64,7 @@ class CacheConfig:
             self.block_size,
             "a positive multiple of 8",
         )
-        _check(self.num_blocks >= 0, "cache.num_blocks", self.num_blocks, "0 or more")
+        _check_at_least(0, "cache", self, "num_blocks", "cpu_bytes")
         _check(
             0 < self.memory_fraction <= 1,
             "cache.memory_fraction",
@@ -77,7 +85,8 @@ class SchedulerConfig:
     overlap: bool | None = None  # plan a step while the last one runs; None: on a GPU only
 
     def __post_init__(self) -> None:
-        _check(self.max_running > 0, "scheduler.max_running", self.max_running, "at least 1")
+        _check_at_least(1, "scheduler", self, "max_running")
+        _check_at_least(0, "scheduler", self, "max_wait_s")
         for name in ("max_step_tokens", "max_prefill_tokens"):
             num_tokens = getattr(self, name)
             _check(
@@ -109,7 +118,8 @@ class AdapterConfig:
             self.bank_rows,
             f"a multiple of page_rows ({self.page_rows})",
         )
-        _check(self.rotary_tables >= 1, "adapters.rotary_tables", self.rotary_tables, "at least 1")
+        _check_at_least(1, "adapters", self, "rotary_tables", "max_upload_bytes")
+        _check_at_least(0, "adapters", self, "host_bytes")
         _check(1 <= self.max_rank <= 1024, "adapters.max_rank", self.max_rank, "in 1..1024")
 
 
@@ -129,10 +139,8 @@ class PromotionConfig:
 
     def __post_init__(self) -> None:
         _check(self.policy in ("off", "auto"), "promotion.policy", self.policy, "off or auto")
-        _check(self.min_tokens >= 1, "promotion.min_tokens", self.min_tokens, "1 or more")
-        _check(self.memory_bytes >= 0, "promotion.memory_bytes", self.memory_bytes, "0 or more")
-        _check(self.max_sets >= 0, "promotion.max_sets", self.max_sets, "0 or more")
-        _check(self.cool_down_s >= 0, "promotion.cool_down_s", self.cool_down_s, "0 or more")
+        _check_at_least(1, "promotion", self, "min_tokens")
+        _check_at_least(0, "promotion", self, "memory_bytes", "max_sets", "cool_down_s")
         _check(self.device in ("cpu", "cuda"), "promotion.device", self.device, "cpu or cuda")
         _check(
             self.policy == "off" or self.rows is not None,
@@ -156,6 +164,20 @@ class ServerConfig:
     max_body_bytes: int = 4 << 20  # of a request that is not an adapter upload
     drain_s: float = 30.0  # grace period for running streams at SIGTERM
     stall_s: float = 10.0  # a client that takes or sends nothing for this long is dropped
+    engine_silence_s: float = 300.0  # an engine that says nothing for this long is started afresh
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.port < 1 << 16, "server.port", self.port, "in 0..65535")
+        _check_at_least(
+            1, "server", self, "max_waiting", "max_waiting_per_tenant", "max_body_bytes"
+        )
+        _check_at_least(0, "server", self, "drain_s", "stall_s")
+        _check(
+            self.engine_silence_s == 0 or 2 <= self.engine_silence_s < math.inf,
+            "server.engine_silence_s",  # it speaks twice a second
+            self.engine_silence_s,
+            "at least 2, or 0 for no limit",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 _MAX_EARLY_DEATHS = 3  # in a row, before the engine was ready: then starting it again is hopeless
 _RESTART_PAUSE_S = 0.2
 _STOP_PATIENCE_S = 2
+_SILENT_LOOKS = 10  # in a row: several, so that a pause of this process alone counts as one
 _ENDED = "The engine process ended; it is being started again."
 
 
@@ -109,8 +110,9 @@ class OutputStream:
 class EngineClient:
     """Starts the engine process, talks to it, and starts it again when it dies.
 
-    A death fails every stream at once: nothing waits for a restart. The engine process dies with
-    this one (it asks the kernel to), so none is ever orphaned.
+    A death fails every stream at once: nothing waits for a restart. An engine that says nothing any
+    more, not even that it idles, is killed. The engine process dies with this one (it asks the
+    kernel to), so none is ever orphaned.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class EngineClient:
         self._on_event, self._on_stats, self._on_progress = on_event, on_stats, on_progress
         self._info: EngineInfo | None = None
         self._is_ready = asyncio.Event()
+        self._is_heard = False  # since it was last asked
         self._streams: dict[str, OutputStream] = {}
         self._loads: _Waiters[AdapterEvent] = {}
         self._drops: _Waiters[AdapterEvent] = {}
@@ -254,7 +257,11 @@ class EngineClient:
             with contextlib.suppress(RuntimeError):  # uvloop's, where it has ended already
                 self._process.stdin.write(encode_config(self._config))
                 self._process.stdin.close()
-            code = await self._process.wait()
+            watch = asyncio.create_task(self._kill_when_silent(self._process))
+            try:
+                code = await self._process.wait()
+            finally:
+                watch.cancel()
             self._channel.read_all()  # what it sent before it ended
             return code
         finally:
@@ -265,6 +272,19 @@ class EngineClient:
                     await self._stop(self._process)
             finally:
                 self._channel.close()  # an open socket would keep this process from ending
+
+    async def _kill_when_silent(self, process: asyncio.subprocess.Process) -> None:
+        """End an engine that was ready and hangs: in a step, in a lock, in the GPU's driver."""
+        limit_s, num_silent = self._config.server.engine_silence_s, 0
+        while limit_s and num_silent < _SILENT_LOOKS:
+            self._is_heard = False
+            await asyncio.sleep(limit_s / _SILENT_LOOKS)
+            num_silent = num_silent + 1 if self.is_ready and not self._is_heard else 0
+        if limit_s:
+            logger.error("the engine process said nothing for %g s; killed", limit_s)
+            process.kill()
+            self._is_ready.clear()  # the driver may hold even a killed one
+            self._fail_streams(_ENDED)
 
     def _count_death(self, how: str) -> None:
         logger.error("the engine process %s; starting it again", how)
@@ -289,6 +309,7 @@ class EngineClient:
             await process.wait()
 
     def _receive(self, payload: bytes) -> None:
+        self._is_heard = True
         message: FromEngine = self._decoder.decode(payload)
         match message:
             case StepOutputs(outputs, stats):

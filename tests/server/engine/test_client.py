@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import uvloop
 
 from adapters.manifest import BaseShape, Limits
 from adapters.registry import Registry
-from server.config import AdapterConfig, CacheConfig, Config, ModelConfig
+from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, ServerConfig
 from server.engine.client import EngineClient, EngineStartError
 from server.engine.messages import AdapterEvent, AddRequest, RequestOutput
 from server.engine.request import AdapterRef, SamplingParams
@@ -145,6 +146,27 @@ async def test_killing_the_engine_fails_every_stream_within_two_seconds_and_it_c
         assert not is_alive(first_pid)
         again = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
         assert len(token_ids(await collect(client, request("after", again)))) == 3
+
+
+async def test_an_engine_that_hangs_is_killed_and_another_started(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(config, server=ServerConfig(engine_silence_s=4))
+    async with running(config) as client:
+        await asyncio.sleep(4.5)  # one that idles speaks
+        assert client.num_restarts == 0
+        first_pid, stream = client.pid, client.submit(request("r"))
+        assert first_pid is not None
+        await anext(stream)
+        os.kill(first_pid, signal.SIGSTOP)
+        with pytest.raises(ServeError, match="engine process ended"):
+            [output async for output in stream]
+        assert "said nothing for 4 s" in caplog.text
+        while not client.is_ready:  # the test's own time limit bounds it
+            await asyncio.sleep(0.05)
+        assert client.num_restarts == 1
+        assert not is_alive(first_pid)
+        assert token_ids(await collect(client, request("again", SamplingParams(max_tokens=2))))
 
 
 async def test_closing_the_client_ends_the_engine_process(
