@@ -167,17 +167,18 @@ def thresholds(given: list[str]) -> dict[str, float]:
 
 def _follow(admin: PromotionAdmin, name: str, revision: int | None) -> Card:
     """Show a bar until the job has ended; return the job."""
+    job = admin.job(name, revision)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("starting", total=1.0)
         while True:
-            job = admin.job(name, revision)
             has_ended = job["status"] in ENDED  # then its message is said in whole, below the bar
             said = (not has_ended and (job["message"] or job["stage"])) or job["status"]
             progress.update(bar, description=said[:48], completed=job["fraction"])
             if has_ended:
                 return job
             time.sleep(_POLL_S)
+            job = admin.job(name, revision)
 
 
 def _report(admin: PromotionAdmin, name: str, revision: int | None) -> None:
