@@ -248,7 +248,7 @@ class EngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "server.engine.process",
+                "server.engine",
                 endpoint,
                 str(os.getpid()),
                 stdin=asyncio.subprocess.PIPE,
@@ -267,6 +267,9 @@ class EngineClient:
         finally:
             self._is_ready.clear()
             self._fail_streams(_ENDED)
+            num_free_blocks = 0 if self._info is None else self._info.num_blocks
+            self.stats = EngineStats(num_free_blocks=num_free_blocks)  # nothing runs any more
+            self._on_stats(self.stats)
             try:
                 if self._process is not None:
                     await self._stop(self._process)

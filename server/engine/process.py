@@ -209,7 +209,7 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    """`python -m server.engine.process ENDPOINT PARENT_PID`, the config as JSON on stdin."""
+    """Run an engine for the process that started this one: see __main__.py."""
     endpoint, parent_pid = sys.argv[1], int(sys.argv[2])
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the API process, which drains
@@ -223,6 +223,3 @@ def main() -> None:
         socket.connect(endpoint)
         EngineProcess(socket, config, parent_pid).run()
 
-
-if __name__ == "__main__":
-    main()

@@ -55,7 +55,7 @@ class Server:
         """The server's child that runs the engine."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         for pid in map(int, children.split()):
-            if b"server.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"server.engine\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
         raise AssertionError(f"no engine among {children!r}")
 
