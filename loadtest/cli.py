@@ -185,7 +185,10 @@ def run(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="How much worse is no worse.")] = 0.1,
 ) -> None:
-    """Replay a trace and report. Exits with 1 where a reply was wrong, or none was whole."""
+    """Replay a trace and report. Exits with 1 where a reply was wrong, or none was whole.
+
+    Ctrl-C stops it, and what is over by then is reported.
+    """
     if trace is not None:
         made = ("model", "rate", "duration_s", "alpha", "prompt_tokens", "output_tokens", "spread")
         _refuse(context, "is of a trace that is made, and --trace gives one", *made)
@@ -239,6 +242,8 @@ def run(
     if trace is None:
         write_trace(out / "trace.jsonl", lines)
     _leave(report, out)
+    if not report.is_whole:
+        raise typer.Exit(128 + signal.SIGINT)
     _judge(report, stored, tolerance)
 
 

@@ -177,6 +177,11 @@ def checks(records: Sequence[Record], lines: Sequence[Line]) -> Checks:
     """Judge the load itself: void if it was sent late, or not as much as was meant."""
     late_p99_s = quantiles([record.late_s for record in records]).p99 or 0.0
     void = []
+    if len(records) < len(lines):
+        void.append(
+            f"it was stopped: {len(records)} of {len(lines)} requests are over, and those that "
+            f"took longer are missing"
+        )
     if late_p99_s > MAX_LATE_S:
         void.append(
             f"p99 of send lateness is {late_p99_s * 1e3:.1f} ms; past {MAX_LATE_S * 1e3:.0f} ms "

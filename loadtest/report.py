@@ -67,6 +67,11 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field=
         return bool(self.checks.void)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every request of the trace was over before the run was."""
+        return sum(self.outcomes.values()) == self.trace.num_lines
+
+    @property
     def has_wrong_replies(self) -> bool:
         return self.outcomes["wrong"] > 0
 

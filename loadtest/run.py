@@ -1,5 +1,6 @@
 """One run: replay a trace, check the replies, and put the figures together."""
 
+import asyncio
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Protocol
 
 from loadtest import figures
 from loadtest.environment import Environment, fingerprint, load_now
-from loadtest.fleet import Fleet
+from loadtest.fleet import Fleet, OnRecords
 from loadtest.identity import IdentityCheck, server_facts
 from loadtest.recheck import Recheck, pick, recheck
 from loadtest.record import Record
@@ -65,13 +66,25 @@ class Unwatched:
 async def run(
     target: Target, lines: Sequence[Line], options: RunOptions, watcher: Watcher
 ) -> RunReport:
-    """Replay a trace against a server and report."""
+    """Replay a trace against a server and report.
+
+    Cancelled while it replays, it reports the requests that are over; nothing is asked again.
+    """
     load_before = load_now()
     picked = pick(len(lines), options.check_share, options.seed)
     identity = IdentityCheck.of(target, models_of(lines))
+    records: list[Record] = []
     async with Fleet(options.num_workers) as fleet:
-        records = await checked_replay(fleet, target, lines, identity, watcher, keep_text=picked)
         num_workers = fleet.workers_for(lines)
+        try:
+            await checked_replay(
+                fleet, target, lines, identity, watcher, keep_text=picked, on_records=records.extend
+            )
+        except asyncio.CancelledError:
+            if not records:
+                raise
+            picked = set()
+    records.sort(key=lambda record: record.index)
     watcher.stage("Asking again, alone", len(picked))
     rechecked = await recheck(target, lines, records, picked, on_one=watcher.step)
     environment = fingerprint(
@@ -88,6 +101,7 @@ async def checked_replay(
     watcher: Watcher,
     *,
     keep_text: set[int] | None = None,
+    on_records: OnRecords = lambda records: None,
     title: str = "Replaying",
 ) -> list[Record]:
     """Replay a trace and hold every reply to its adapter's digest."""
@@ -95,6 +109,7 @@ async def checked_replay(
     def take(records: list[Record]) -> None:
         for record in records:
             identity.check(record, target.model_of(lines[record.index]))
+        on_records(records)
         watcher.records(records)
 
     watcher.stage(title, len(lines))

@@ -13,9 +13,9 @@ import pytest
 from loadtest import demo
 from loadtest.cli import DEFAULT_OUT
 from loadtest.report import CompareReport, KneeReport, RunReport, read_report, write_report
-from loadtest.trace import read_trace, write_trace
+from loadtest.trace import Line, read_trace, write_trace
 from server import cli
-from tests.loadtest.making import lines, run_report
+from tests.loadtest.making import lines, record, run_report
 from tests.loadtest.stub import Behaviour, Stub
 from tests.loadtest.test_fleet import children, wait_until
 from tests.server.processes import is_alive
@@ -303,6 +303,19 @@ def test_a_run_that_is_ended_leaves_no_process(
     assert process.returncode not in (0, -signal.SIGTERM)
     assert "Traceback" not in said
     assert not is_alive(worker)
+
+
+def test_a_run_that_was_stopped_leaves_its_report_and_the_exit_code_of_ctrl_c(
+    loadtest: Loadtest, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stopped(target: object, trace: list[Line], *_: object) -> RunReport:
+        return run_report([record(each) for each in range(5)], trace)
+
+    monkeypatch.setattr("loadtest.cli.run_trace", stopped)
+    write_trace(tmp_path / "t", lines(6))
+    said = loadtest("run", "--url", stub.url, "--trace", "t", "--out", "out", code=130)
+    assert "5 of 6 requests are over" in said
+    assert report_in(tmp_path / "out").is_void
 
 
 def test_a_page_is_drawn_again_from_its_report(loadtest: Loadtest, tmp_path: Path) -> None:

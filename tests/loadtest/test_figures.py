@@ -153,6 +153,12 @@ def test_a_run_without_a_single_ok_reply_is_void() -> None:
     ]
 
 
+def test_a_run_that_was_stopped_is_void_in_either_loop() -> None:
+    for trace in (lines(2), [line(user=0), line(user=1)]):
+        assert "1 of 2 requests are over" in checks([record()], trace).void[0]
+        assert checks([record(), record(1)], trace).void == []
+
+
 def test_a_closed_loop_plans_no_rate() -> None:
     found = checks([record()], [line(user=0)])
     assert (found.planned_per_s, found.sigmas_off, found.void) == (None, None, [])

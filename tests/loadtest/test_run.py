@@ -1,5 +1,6 @@
 """A whole run against a stub: every figure that the report holds."""
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -58,6 +59,27 @@ async def test_replies_of_a_run_are_asked_again_alone(stub: Stub) -> None:
     report = await run(Target(url=stub.url), lines(30), OPTIONS, Unwatched())
     assert (report.recheck.num_asked, report.recheck.num_same) == (3, 3)
     assert len(stub.seen) == 33
+
+
+async def test_a_run_that_is_stopped_reports_what_is_over(stub: Stub) -> None:
+    stub.models["slow"] = Behaviour(ttft_s=600.0)
+    trace = [line(0.0, "slow"), *(line(0.001 * i, seed=i) for i in range(1, 6))]
+
+    class Watching(Unwatched):
+        num_over = 0
+
+        def records(self, records: Sequence[Record]) -> None:
+            self.num_over += len(records)
+            if self.num_over == 5:
+                running.cancel()
+
+    options = RunOptions(check_share=1.0, num_workers=1)
+    running = asyncio.create_task(run(Target(url=stub.url), trace, options, Watching()))
+    report = await running
+    assert report.outcomes["ok"] == 5
+    assert not report.is_whole
+    assert report.checks.void[0].startswith("it was stopped: 5 of 6 requests are over")
+    assert report.recheck.num_asked == 0
 
 
 async def test_a_server_whose_answers_change_under_load_gives_wrong_replies(stub: Stub) -> None:
