@@ -33,7 +33,6 @@ def write_page(path: Path, report: Report) -> None:
 
 def _run_page(report: RunReport) -> str:
     total, counts = report.total, report.outcomes
-    num_lines = report.trace.num_lines
     good = report.goodput
     tiles = [
         (
@@ -53,7 +52,7 @@ def _run_page(report: RunReport) -> str:
             f"{total.num_tokens / report.elapsed_s:,.0f} /s" if report.elapsed_s else "-",
             f"{total.num_tokens:,} in {report.elapsed_s:.0f} s",
         ),
-        ("Replies ok", f"{counts['ok'] / num_lines:.1%}", _bad(counts)),
+        ("Replies ok", f"{counts['ok'] / report.num_over:.1%}", _bad(counts)),
     ]
     latencies = {"all": total, **report.by_path}
     latencies |= {f"tier {tier}": part for tier, part in report.by_tier.items()}
@@ -67,7 +66,7 @@ def _run_page(report: RunReport) -> str:
         _facts("Target", report.target),
         _facts("Environment", _environment(report.environment)),
     ]
-    title = f"{num_lines:,} requests to {report.target['url']}"
+    title = f"{report.num_over:,} requests to {report.target['url']}"
     return _document("Load test", title, report.made_at, report.checks.void, sections)
 
 

@@ -119,7 +119,7 @@ def say(report: Report, console: Console) -> None:
 
 def _say_run(report: RunReport, console: Console) -> None:
     counted = ", ".join(f"{count} {name}" for name, count in report.outcomes.items() if count)
-    table = Table(title=f"{report.trace.num_lines} requests in {report.elapsed_s:.1f} s: {counted}")
+    table = Table(title=f"{report.num_over} requests in {report.elapsed_s:.1f} s: {counted}")
     for column in ("", "ok", "TTFT p50", "p90", "p99", "gap p50", "p99", "e2e p50"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     parts = {"all": report.total, **report.by_path}

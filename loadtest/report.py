@@ -67,9 +67,13 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field=
         return bool(self.checks.void)
 
     @property
+    def num_over(self) -> int:
+        """Requests that came to an end; all of the trace's, unless the run was stopped."""
+        return sum(self.outcomes.values())
+
+    @property
     def is_whole(self) -> bool:
-        """Whether every request of the trace was over before the run was."""
-        return sum(self.outcomes.values()) == self.trace.num_lines
+        return self.num_over == self.trace.num_lines
 
     @property
     def has_wrong_replies(self) -> bool:
