@@ -45,6 +45,11 @@ class Artifact(msgspec.Struct, frozen=True, kw_only=True):
     report: dict[str, Any]  # what the quality gate measured
     format: int = FORMAT
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the state of the promotion that made it says of it."""
+        return {"artifact": self.digest, "gate": self.report.get("gate")}
+
 
 class ArtifactStore:
     """Owns `root/artifacts`. Any process may register; who holds the adapter store may delete."""
@@ -71,7 +76,7 @@ class ArtifactStore:
         """Move the checkpoint folder `made`, on the same file system, to its digest's place.
 
         It is there whole, with every byte on the disk, or not at all. Registering what is there
-        already leaves that in place and deletes `made`.
+        already leaves that in place, unless it is damaged, and deletes `made`.
         """
         (made / RECORD_FILE).unlink(missing_ok=True)  # of a try that was killed
         files = _hash_files(made)
@@ -91,9 +96,10 @@ class ArtifactStore:
         _sync_tree(made)
         self.folder.mkdir(parents=True, exist_ok=True)
         there = self._read(artifact.digest)
-        if there is not None:
-            shutil.rmtree(made)
+        if there is not None and self.is_whole(artifact.digest):
+            self._delete(made)
             return there
+        self.remove(artifact.digest)
         made.rename(self.path(artifact.digest))
         sync_folder(self.folder)
         return artifact
@@ -114,6 +120,10 @@ class ArtifactStore:
         mine = [found for found in self.every() if found.adapter_digest == adapter_digest]
         return mine[-1] if mine else None
 
+    def made_by(self, job: str) -> Artifact | None:
+        """What a promotion has registered."""
+        return next((found for found in self.every() if found.job == job), None)
+
     def reuse(self, adapter_digest: str, asked: dict[str, Any]) -> bool:
         """Whether the revision has an artifact made as `asked`: whole, and from now on served.
 
@@ -130,11 +140,14 @@ class ArtifactStore:
 
     def is_whole(self, digest: str) -> bool:
         """Whether the artifact's files still make its digest (reads every byte)."""
-        artifact = self._all().get(digest)
+        artifact = self._read(digest)
         if artifact is None:
             return False
-        files = _hash_files(self.path(digest))
-        files.pop(RECORD_FILE)
+        try:
+            files = _hash_files(self.path(digest))
+        except ValueError:  # a link, say
+            return False
+        files.pop(RECORD_FILE, None)
         return _digest(files, artifact.adapter_digest, artifact.base_digest) == digest
 
     def is_demoted(self, digest: str) -> bool:
@@ -156,10 +169,7 @@ class ArtifactStore:
     def remove(self, digest: str) -> None:
         """Delete an artifact; from here on nobody finds it, whatever interrupts the rest."""
         if self.path(digest).exists():
-            gone = Path(tempfile.mkdtemp(prefix=_GONE, dir=self.folder))
-            with contextlib.suppress(FileNotFoundError):  # another thread deletes it too
-                self.path(digest).rename(gone / digest)
-            shutil.rmtree(gone)
+            self._delete(self.path(digest))
         (self.folder / f"{digest}{_DEMOTED}").unlink(missing_ok=True)
 
     def remove_of(self, adapter_digest: str, *, but: str | None = None) -> list[str]:
@@ -189,10 +199,17 @@ class ArtifactStore:
             if path.is_symlink() or not path.is_dir():
                 path.unlink(missing_ok=True)
             elif path.name.startswith("."):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # a job may be at it
             else:
                 self.remove(path.name)
         return [path.name for path in strays]
+
+    def _delete(self, path: Path) -> None:
+        """Delete a folder of this file system. A kill leaves all of it under its name, or none."""
+        gone = Path(tempfile.mkdtemp(prefix=_GONE, dir=self.folder))
+        with contextlib.suppress(FileNotFoundError):  # another thread deletes it too
+            path.rename(gone / path.name)
+        shutil.rmtree(gone, ignore_errors=True)  # a sweep may be at it
 
     def _all(self) -> dict[str, Artifact]:
         """By digest. Renames change the folder's time, so most calls read nothing else."""

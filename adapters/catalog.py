@@ -139,13 +139,14 @@ class Lease:
 class Catalog:
     """Names, digests and leases. Safe from any thread; no method waits for anything but a look.
 
-    Invariant: `_named[digest]` counts the revisions that have the digest, `_leased` its leases.
+    Invariant: `_named[digest]` are the adapters that have a revision with the digest, at most one
+    each; `_leased[digest]` counts its leases.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
-        self._named: Counter[str] = Counter()
+        self._named: dict[str, set[str]] = {}
         self._leased: Counter[str] = Counter()
 
     def views(self) -> list[Adapter]:
@@ -219,18 +220,23 @@ class Catalog:
         with self._lock:
             return frozenset(self._named)
 
+    def names_of(self, digest: str) -> tuple[str, ...]:
+        """The adapters that have a revision with the digest, by name."""
+        with self._lock:
+            return tuple(sorted(self._named.get(digest, ())))
+
     def add_entry(self, entry: Entry) -> None:
         """Add a new name."""
         with self._lock:
             self._entries[entry.name] = entry
-            self._named.update(revision.digest for revision in entry.revisions.values())
+            for revision in entry.revisions.values():
+                self._named.setdefault(revision.digest, set()).add(entry.name)
 
     def put_revision(self, revision: Revision, *, publish: bool) -> None:
         """Add a revision or replace what is known of it, and publish it in the same look."""
         with self._lock:
             entry = self._entry(revision.name)
-            if revision.number not in entry.revisions:
-                self._named[revision.digest] += 1
+            self._named.setdefault(revision.digest, set()).add(entry.name)
             entry.revisions[revision.number] = revision
             if publish:
                 entry.published.append(revision.number)
@@ -253,7 +259,7 @@ class Catalog:
         """Forget a name; return the digests that no other revision has."""
         with self._lock:
             entry = self._entries.pop(name)
-            return self._unname({revision.digest for revision in entry.revisions.values()})
+            return self._unname(name, {revision.digest for revision in entry.revisions.values()})
 
     def remove_revision(self, revision: Revision, published: list[int]) -> set[str]:
         """Forget a revision, leave these publications; return its digest if no other one has it."""
@@ -262,12 +268,14 @@ class Catalog:
             entry.published = published
             del entry.revisions[revision.number]
             entry.last_deleted = max(entry.last_deleted, revision.number)
-            return self._unname({revision.digest})
+            return self._unname(revision.name, {revision.digest})
 
-    def _unname(self, digests: set[str]) -> set[str]:
-        """Count one revision less for each; return those that have none left."""
-        self._named.subtract(digests)
-        self._named += Counter()  # drops the zeros
+    def _unname(self, name: str, digests: set[str]) -> set[str]:
+        """Take the name's revisions with these digests away; return the digests without any now."""
+        for digest in digests:
+            self._named[digest].remove(name)
+            if not self._named[digest]:
+                del self._named[digest]
         return digests - self._named.keys()
 
     def _is_unused(self, digest: str) -> bool:

@@ -41,6 +41,10 @@ class AdapterNotFound(AdapterError):
     """No adapter or revision has this name, or a file of it is missing."""
 
 
+class AdapterLost(AdapterNotFound):
+    """A revision is registered, and somebody took its object out of the store."""
+
+
 class AdapterConflict(AdapterError):
     """The request contradicts what is registered already."""
 

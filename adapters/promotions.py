@@ -14,6 +14,7 @@ The process that holds the adapter store starts and ends jobs. The job outlives 
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -58,6 +59,7 @@ class PromotionRequest(msgspec.Struct, frozen=True, kw_only=True):
     eval_rows: str | None = None  # the gate's, where they are in a file of their own
     eval_rows_sha256: str | None = None
     text: str | None = None  # general text to calibrate on
+    text_sha256: str | None = None
     num_tokens: int = 16384  # of calibration
     gate: dict[str, float] = {}  # thresholds; what is not named has its default
     seed: int = 0
@@ -70,8 +72,14 @@ class PromotionRequest(msgspec.Struct, frozen=True, kw_only=True):
     def settings(self) -> dict[str, Any]:
         """What makes two artifacts of one revision differ."""
         names = ("base_digest", "merge_base", "group_size", "backend", "rows_sha256",
-                 "eval_rows_sha256", "text", "num_tokens", "gate", "seed")  # fmt: skip
+                 "eval_rows_sha256", "text_sha256", "num_tokens", "gate", "seed")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def changed_files(self) -> list[str]:
+        """Those of its files that are not what they were when it was asked for. Reads them."""
+        fields = ("rows", "eval_rows", "text")
+        files = [(getattr(self, name), getattr(self, f"{name}_sha256")) for name in fields]
+        return [path for path, sha256 in files if sha256 and file_sha256(path) != sha256]
 
 
 class PromotionState(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,7 +213,7 @@ class JobFolder:
         """Delete what the stages left, their temporaries too. Nobody else must work on it."""
         for path in self.path.iterdir():
             if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)  # a quantizer may still be ending in it
+                shutil.rmtree(path, ignore_errors=True)  # the rest goes with the folder
             elif path.name not in _KEPT:
                 path.unlink(missing_ok=True)
 
@@ -215,6 +223,12 @@ class JobFolder:
             gone = Path(tempfile.mkdtemp(prefix=".gone-", dir=self.path.parent))
             self.path.rename(gone / self.path.name)
             shutil.rmtree(gone)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def promotions_folder(root: Path) -> Path:

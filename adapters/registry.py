@@ -20,8 +20,8 @@ from adapters.artifacts import ArtifactStore
 from adapters.catalog import Adapter, Catalog, Entry, Lease, Revision, Usage
 from adapters.manifest import (
     AdapterConflict,
+    AdapterLost,
     AdapterManifest,
-    AdapterNotFound,
     AdapterRefused,
     BaseShape,
     Limits,
@@ -73,7 +73,11 @@ class Registry:
         self._lost: set[str] = set()  # digests whose object somebody took out of the store
         self.artifacts = ArtifactStore(store.root)  # what revisions were promoted to
         self._rows = Rows(store.root / "registry.sqlite")
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self._rows.close()
+            raise
 
     @classmethod
     def open(
@@ -87,7 +91,8 @@ class Registry:
     ) -> "Registry":
         """Open the store at `root` and its rows. Without a base nothing can be pushed.
 
-        Raises StoreBusy, with the holder's url, while another process holds the store.
+        Raises StoreBusy, with the holder's url, while another process holds the store; ValueError
+        for rows that cannot be read, and where an adapter has the base's name.
         """
         store = Store.open(root, url)
         try:
@@ -120,9 +125,17 @@ class Registry:
         """One adapter. Raises AdapterNotFound."""
         return self._catalog.view(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the name exists."""
+        return self._catalog.has(name)
+
     def revisions(self, name: str) -> tuple[Revision, ...]:
         """An adapter's revisions, oldest first. Raises AdapterNotFound."""
         return self._catalog.revisions(name)
+
+    def names_of(self, digest: str) -> tuple[str, ...]:
+        """The adapters that have a revision with this digest, by name."""
+        return self._catalog.names_of(digest)
 
     def resolve(self, model: str) -> Revision:
         """The revision that `name` or `name@number` means now.
@@ -277,6 +290,11 @@ class Registry:
             entries[revision.name].revisions[revision.number] = revision
         for name, number in self._rows.publications():
             entries[name].published.append(number)
+        if self._base is not None and self._base.name in entries:
+            raise ValueError(
+                f"an adapter is named {self._base.name}, as the base is: give the base another "
+                "name, or delete the adapter"
+            )
         for entry in entries.values():
             self._catalog.add_entry(entry)
         named = self._catalog.digests()
@@ -399,7 +417,7 @@ class Registry:
     def _check_servable(self, revision: Revision) -> None:
         """Refuse a revision whose object is lost, or that was checked against another base."""
         if revision.digest in self._lost:
-            raise AdapterNotFound(f"The store has lost {revision.id}; push it again.")
+            raise AdapterLost(f"The store has lost {revision.id}; push it again.")
         base = self._base
         if base is None or revision.base_digest == base.digest:
             return

@@ -83,13 +83,22 @@ class Rows:
     """Owns the database. Not for two threads at once: the registry's writer lock sees to that."""
 
     def __init__(self, path: Path) -> None:
+        """Open the database, made or brought to this version if needed. Raises ValueError."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(path)
+        except BaseException as error:
+            self._db.close()
+            if isinstance(error, sqlite3.Error):
+                raise ValueError(f"{path} cannot be opened: {error}") from error
+            raise
+
+    def _prepare(self, path: Path) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in _STEPS:
-            self._db.close()
             raise ValueError(f"{path} has version {version}; this Turnout reads {_VERSION}")
         for step in _STEPS[version]:
             self._db.executescript(step)

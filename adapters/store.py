@@ -112,12 +112,11 @@ class Store:
         )
 
     def put(self, staged: StagedObject) -> None:
-        """Move a staged object to its digest's place. It must get a row, or `remove` it."""
-        target = object_path(self.root, staged.digest)
-        if target.exists():
-            staged.discard()
-            return
-        staged.path.rename(target)
+        """Move a staged object to its digest's place. It must get a row, or `remove` it.
+
+        What is there already has the same bytes, or is damaged and made whole.
+        """
+        staged.path.rename(object_path(self.root, staged.digest))
         sync_folder(self.objects)
 
     def has(self, digest: str) -> bool:

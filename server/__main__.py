@@ -18,7 +18,8 @@ from adapters.registry import Registry
 from server.adapter_admin import base_shape, limits, register_examples
 from server.api.app import create_app
 from server.api.auth import check_listen
-from server.api.residency import EngineDropper, digest_names
+from server.api.protocol import BoundedHead
+from server.api.residency import EngineDropper
 from server.api.tokenizer import TextCodec
 from server.base_text import CheckpointText
 from server.config import Config
@@ -61,12 +62,12 @@ def run(config: Config, *, example_adapters: bool = False) -> None:
 
 
 async def _serve(config: Config, *, example_adapters: bool) -> None:
-    url = f"http://{_in_url(config.server.host)}:{config.server.port}"
     starter = asyncio.current_task()
     assert starter is not None, "this runs in one"
     # A container's first process gets no signal without a handler. Once: the closing goes on.
     _on_signal(lambda: starter.cancelling() or starter.cancel())
     listener = _listen(config.server.host, config.server.port)
+    url = _url(config.server.host, listener)
     metrics = Metrics(config.model.name)
     console = Console()
     with StartDisplay(console) as display:
@@ -84,7 +85,11 @@ async def _serve(config: Config, *, example_adapters: bool) -> None:
                 _build_app, config, engine, metrics, url, example_adapters=example_adapters
             )
             options = uvicorn.Config(
-                app, log_level="warning", access_log=False, timeout_graceful_shutdown=_LET_GO_S
+                app,
+                http=BoundedHead,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=_LET_GO_S,
             )
             server = _Server(options)
             serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -133,7 +138,7 @@ def _build_app(
     try:
         if example_adapters:
             register_examples(registry)
-        metrics.names = lambda: digest_names(registry)
+        metrics.names = registry.names_of
         codec = TextCodec.load(config.model.path)
         return create_app(config, engine, registry, codec, metrics, dropper=dropper), registry
     except BaseException:
@@ -188,10 +193,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _in_url(host: str) -> str:
-    """An IPv6 address goes into brackets; where the host means every address, this one is said."""
+def _url(host: str, listener: socket.socket) -> str:
+    """An IPv6 address goes into brackets; where the host means every address, this one is said.
+
+    The port is the listener's: port 0 is whichever is free.
+    """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -128,7 +128,7 @@ class RemoteAdmin:
             response = self._client.request(method, f"/v1/adapters{path}", **content)
         except httpx.TransportError as error:
             raise ValueError(f"{self._client.base_url} does not answer: {error}") from None
-        if response.is_error:
+        if not response.is_success:
             raise ValueError(error_text(response))
         return dict(response.json()) if response.content else {}
 
@@ -160,7 +160,11 @@ def open_admin(
                 yield LocalAdmin(registry)
             return
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False) as client:
+    try:
+        client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--url is {url!r}: {error}") from None
+    with client:
         yield RemoteAdmin(client, console)
 
 

@@ -1,7 +1,9 @@
 """The `turnout` command. A subcommand imports what it runs, so that --help loads no torch."""
 
 import logging
+import math
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -11,7 +13,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from server import adapters_cli, bench_cli, promote_cli, training_cli
-from server.api.auth import Scope, load_keys, new_key
+from server.api.auth import Scope, new_key, parse_keys
 from server.cli_options import (
     Base,
     BaseName,
@@ -156,7 +158,9 @@ def serve(
             max_model_len=max_model_len,
         ),
         cache=CacheConfig(
-            cpu_bytes=int(kv_gib * GIB), memory_fraction=kv_fraction, prefix_caching=prefix_caching
+            cpu_bytes=_bytes("--kv-gib", kv_gib),
+            memory_fraction=kv_fraction,
+            prefix_caching=prefix_caching,
         ),
         scheduler=SchedulerConfig(
             max_running=max_running,
@@ -170,13 +174,13 @@ def serve(
             allow_other_base=allow_other_base,
             bank_rows=bank_rows,
             max_rank=max_rank,
-            host_bytes=int(host_gib * GIB),
+            host_bytes=_bytes("--host-gib", host_gib),
         ),
         server=server,
         promotion=PromotionConfig(
             policy=promote_policy,
             min_tokens=promote_min_tokens,
-            memory_bytes=int(merged_gib * GIB),
+            memory_bytes=_bytes("--merged-gib", merged_gib),
             max_sets=promote_max_sets,
             cool_down_s=promote_cool_down_s,
             rows=promote_rows,
@@ -204,7 +208,7 @@ def doctor(
     """
     config = Config(
         model=base_config(base, base_name, quantization=quantization),
-        cache=CacheConfig(cpu_bytes=int(kv_gib * GIB)),
+        cache=CacheConfig(cpu_bytes=_bytes("--kv-gib", kv_gib)),
         adapters=adapter_config(None, bank_rows=bank_rows),
     )
     from server.doctor import report
@@ -236,14 +240,25 @@ def new(
     scopes = frozenset(known for known in get_args(Scope) if known in scope.split(","))
     if len(scopes) != scope.count(",") + 1:
         raise ValueError(f"--scope is {scope!r}; it must be among {', '.join(get_args(Scope))}")
-    if file.exists() and name in {key.name for key in load_keys(file)}:
+    if not name:
+        raise ValueError("NAME is empty; it names the tenant")
+    held = file.read_text(encoding="utf-8") if file.exists() else ""
+    if name in {key.name for key in parse_keys(held, file)}:
         raise ValueError(f"{file} holds a key named {name!r} already")
     secret, key = new_key(name, scopes)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch(mode=0o600)
     with file.open("a", encoding="utf-8") as opened:
+        if held and not held.endswith("\n"):  # edited by hand
+            opened.write("\n")
         opened.write(key.line() + "\n")
     typer.echo(secret)
+
+
+def _bytes(option: str, gib: float) -> int:
+    if gib == math.inf:
+        raise ValueError(f"{option} is {gib}; it must be finite")
+    return int(gib * GIB)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -253,7 +268,7 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, sqlite3.Error) as error:
         console = Console(stderr=True)  # a terminal gets whole words, a file whole lines
         is_file = not console.is_terminal
         said = f"turnout: {error}"

@@ -7,7 +7,7 @@ may thus see a request's count one update before its sum, and never a torn value
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from server.engine.messages import AdapterEvent, EngineInfo, EngineStats, FirstToken
@@ -196,9 +196,9 @@ class Metrics:
     """Everything a scrape reports. Written by the event loop alone."""
 
     def __init__(
-        self, model_name: str, names: Callable[[], Mapping[str, list[str]]] = dict
+        self, model_name: str, names: Callable[[str], Sequence[str]] = lambda digest: ()
     ) -> None:
-        """`names` tells which adapters each digest belongs to; a scrape calls it in its thread."""
+        """`names` tells which adapters a digest belongs to; a scrape calls it in its thread."""
         self.model_name = model_name
         self.names = names
         self.info: EngineInfo | None = None
@@ -279,7 +279,7 @@ class Metrics:
             self.loads[event.tier, "ok" if event.event == "loaded" else "failed"] += 1
         elif event.event == "evicted":
             self.evictions[event.tier] += 1
-        for name in self.names().get(event.digest, ()):
+        for name in self.names(event.digest):
             _count_event(self.adapter(name), event)
 
 

@@ -15,7 +15,7 @@ import httpx
 
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict, AdapterNotFound, StoreBusy
-from adapters.promotions import JobFolder, PromotionRequest
+from adapters.promotions import JobFolder, PromotionRequest, file_sha256
 from adapters.registry import Registry
 from server.adapter_admin import Card, error_text, open_registry
 from server.base_digest import base_digest
@@ -115,6 +115,8 @@ class LocalPromotions:
             for field, path in files.items():
                 rows[field] = str(path.resolve())
                 rows[f"{field}_sha256"] = hashlib.sha256(contents[field]).hexdigest()
+            if (text := options.get("text")) is not None:
+                rows["text_sha256"] = file_sha256(text)
             request = PromotionRequest(
                 job=uuid.uuid4().hex,
                 adapter_digest=found.digest,

@@ -161,7 +161,7 @@ def make_artifact(
             winner = _choose(candidates, reports, hint)
             provenance = _provenance(recipe, winner, reports, key)
             _publish(winner.quantized, provenance, out)
-    shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return _report(out, key)
 
 

@@ -80,8 +80,15 @@ class Candidate:
         return dict(found["quantized"] if found["kind"] == "artifact" else found)
 
     def _merge(self) -> None:
-        if self._merged.exists():
-            return
+        if not self._merged.exists():
+            self._merge_anew()
+        recipe = self._recipe
+        made = json.loads((self._merged / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        if made["adapter"]["digest"] != recipe.adapter.digest:
+            shutil.rmtree(self._merged)  # or the next call would take it for this adapter's
+            raise ValueError(f"the adapter {recipe.source} was changed while it was being merged")
+
+    def _merge_anew(self) -> None:
         recipe = self._recipe
         options = MergeOptions(
             adapter=recipe.adapter.revision or recipe.source,
@@ -93,9 +100,7 @@ class Candidate:
             device=recipe.device,
             allow_other_base=recipe.allow_other_base,
         )
-        made = merge(options, recipe.base_digest, Console(quiet=True))
-        if made["adapter"]["digest"] != recipe.adapter.digest:
-            raise ValueError(f"the adapter {recipe.source} was changed while it was being merged")
+        merge(options, recipe.base_digest, Console(quiet=True))
 
     def _quantize(self, on_stage: OnStage) -> None:
         recipe = self._recipe

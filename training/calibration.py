@@ -16,6 +16,7 @@ from training.render import Example, Renderer, end_ids
 MAX_SAMPLE_TOKENS = 512
 MIN_SAMPLE_TOKENS = 8  # a shorter end of a text says little
 HELD_OUT = 0.2  # share of the rows, where training held none out
+_TEXT_TOKENS = 1 << 18  # that are enough of a text, if twice what is calibrated on is not more
 # What of the adapter's training says how its rows are read and which are its evaluation rows.
 _ROW_SETTINGS = (
     "format",
@@ -107,7 +108,7 @@ def load_calibration(
     if options.rows is not None:
         examples, held_out, held_out_by = _examples(options, model, tokenizer)
         rows = [example.cut(MAX_SAMPLE_TOKENS).ids for example in examples]
-    texts = [] if options.text is None else _pieces(options.text, tokenizer)
+    texts = [] if options.text is None else _pieces(options, options.text, tokenizer)
     if options.rows is None:
         pieces = [Example(piece, (True,) * len(piece), ends_turn=False) for piece in texts]
         kept, held_out = split(pieces, HELD_OUT, options.seed)
@@ -169,14 +170,20 @@ def _examples(
     return kept, held, "calibration"
 
 
-def _pieces(path: Path, tokenizer: Any) -> list[tuple[int, ...]]:
-    """A text's paragraphs as token sequences of bounded length."""
+def _pieces(options: CalibrationOptions, path: Path, tokenizer: Any) -> list[tuple[int, ...]]:
+    """A text's paragraphs as token sequences of bounded length, of a long text some by the seed."""
     text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
-    pieces = []
-    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
-        ids = tokenizer(paragraph)["input_ids"]
+    paragraphs = list(filter(None, (part.strip() for part in text.split("\n\n"))))
+    order = random.Random(options.seed).sample(range(len(paragraphs)), len(paragraphs))
+    left, found = max(_TEXT_TOKENS, 2 * options.num_tokens), {}
+    for index in order:
+        if left <= 0:
+            break
+        ids = tokenizer(paragraphs[index])["input_ids"]
         cuts = range(0, len(ids), MAX_SAMPLE_TOKENS)
-        pieces += [tuple(ids[at : at + MAX_SAMPLE_TOKENS]) for at in cuts]
+        found[index] = [tuple(ids[at : at + MAX_SAMPLE_TOKENS]) for at in cuts]
+        left -= len(ids)
+    pieces = (piece for index in sorted(found) for piece in found[index])
     long_enough = [piece for piece in pieces if len(piece) >= MIN_SAMPLE_TOKENS]
     if not long_enough:
         raise ValueError(f"--text is {str(path)!r}; it holds no text of {MIN_SAMPLE_TOKENS} tokens")

@@ -7,6 +7,7 @@ weights that the artifact's 4-bit codes stand for. So a 7B model needs the memor
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from server.quant import nf4
 from training.merge_adapter import MergeAdapter
-from training.merge_checkpoint import Checkpoint
+from training.merge_checkpoint import Checkpoint, is_buffer
 from training.merge_drift import DriftMeter, Probe
 from training.merge_pass import by_layer
 from training.quantize_groups import linear_names
@@ -158,7 +159,7 @@ def _run_layers(
     num_layers = 1 + max(int(name.split(".")[2]) for name in linears)
     for layer, (prefix, names) in enumerate(by_layer(source, num_layers).items()):
         loras = {}
-        for name in names:
+        for name in filterfalse(is_buffer, names):
             module, short = name.removesuffix(".weight"), name.removeprefix(prefix)
             stored = source.tensor(name).to(device)
             if module in linears:

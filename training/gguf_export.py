@@ -4,7 +4,6 @@ Tensors are converted and written one at a time. llama.cpp's own name for Mistra
 """
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,8 +15,9 @@ from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 from rich.console import Console
 from rich.progress import track
 
+from training.folder_lock import scratch
 from training.gguf_vocab import add_vocab
-from training.merge_checkpoint import Checkpoint
+from training.merge_checkpoint import Checkpoint, is_buffer
 
 Kind = Literal["f16", "q8_0"]
 Array = np.ndarray[Any, Any]
@@ -56,8 +56,8 @@ def export(folder: Path, out: Path, kind: str, console: Console) -> None:
     checkpoint = Checkpoint(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-            made = Path(scratch) / "made.gguf"
+        with scratch(out.parent / f".{out.name}-exporting") as work:
+            made = work / "made.gguf"
             _write(checkpoint, config, made, kind, console)
             compare(checkpoint, config, made)
             made.rename(out)
@@ -145,7 +145,7 @@ def _names(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str
     for source in checkpoint:
         if source == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
-        if source.endswith("rotary_emb.inv_freq"):  # of old checkpoints; follows from the config
+        if is_buffer(source):
             continue
         parts = source.removesuffix(".weight").split(".", 3)
         if source in _TOP_NAMES:

@@ -5,7 +5,6 @@ and `.lora_b` [out, rank], fp32, and one alpha for all: llama.cpp scales by alph
 """
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFType, GGUFWriter, Keys, LlamaFileType
 
+from training.folder_lock import scratch
 from training.gguf_export import BLOCK_NAMES, Array, interleave_halves
 from training.merge_adapter import Lora, MergeAdapter
 
@@ -34,8 +34,8 @@ def export_adapter(adapter: MergeAdapter, base: Path, out: Path) -> None:
         if _lora(adapter, name).magnitude is not None:
             raise ValueError(f"{name} is trained with DoRA, which llama.cpp does not run; merge it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        made = Path(scratch) / "made.gguf"
+    with scratch(out.parent / f".{out.name}-exporting") as work:
+        made = work / "made.gguf"
         _write(adapter, config, made)
         _compare(adapter, config, made)
         made.rename(out)

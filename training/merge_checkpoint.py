@@ -173,6 +173,11 @@ class Writer:
         self._writing = self._pool.submit(_write_all, file, view, start)
 
 
+def is_buffer(name: str) -> bool:
+    """Whether old checkpoints alone hold it: it follows from the config; no quantizer keeps it."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
 def check_is_not_quantized(folder: Path) -> None:
     """Refuse a checkpoint whose config says that its weights are packed."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -24,6 +24,12 @@ _GIB = 1 << 30
 
 def make(request: PromotionRequest, out: Path, work: Path, listener: Listener) -> ArtifactReport:
     """Merge, quantize and gate what the request says. Raises Refused."""
+    try:
+        changed = request.changed_files()
+    except OSError as error:
+        raise Refused(str(error)) from error
+    if changed:
+        raise Refused(f"{changed[0]} has changed since the promotion began; promote again")
     if request.device == "cuda":
         wait_for_gpu(gpu_bytes(Path(request.base)), request.wait_gpu_s, listener)
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from adapters.artifacts import Artifact, ArtifactStore
+from adapters.artifacts import ArtifactStore
 from adapters.promotions import (
     JobFolder,
     PromotionRequest,
@@ -96,8 +96,8 @@ class Job:
 
     def _registered_before(self) -> dict[str, Any] | None:
         """What this very job registered before it was killed."""
-        mine = [each for each in self._artifacts.every() if each.job == self._request.job]
-        return _result(mine[0]) if mine else None
+        made = self._artifacts.made_by(self._request.job)
+        return made.result if made else None
 
     def _make_and_register(self) -> dict[str, Any]:
         request, out = self._request, self._folder.path / "artifact"
@@ -106,7 +106,7 @@ class Job:
         if made.adapter_digest != request.adapter_digest:
             raise Refused(f"{request.revision} has become another adapter meanwhile")
         self._say("running", message="registering", stage="register", fraction=_MADE_SHARE)
-        artifact = self._artifacts.register(
+        return self._artifacts.register(
             made.folder,
             adapter_digest=request.adapter_digest,
             base_digest=request.base_digest,
@@ -118,8 +118,7 @@ class Job:
                 "asked": request.settings,
             },
             report=made.provenance,
-        )
-        return _result(artifact)
+        ).result
 
     def on_progress(self, stage: Stage, total: float, note: str) -> None:
         """Take in how far the making is; `total` is of all of it, 0 to 1."""
@@ -148,10 +147,6 @@ class Job:
         is_new = (before.status, before.stage) != (self._state.status, self._state.stage)
         self._folder.write_state(self._state, sync=is_new)
         self._written = time.monotonic()
-
-
-def _result(artifact: Artifact) -> dict[str, Any]:
-    return {"artifact": artifact.digest, "gate": artifact.report.get("gate")}
 
 
 def step_aside() -> None:

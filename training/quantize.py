@@ -174,7 +174,7 @@ def assemble(model: Path, made: Path, finished: Path) -> None:
 def _link(path: Path, new: Path) -> None:
     """Give the file a second name; a copy, where the file system has no links or is another one."""
     try:
-        os.link(path, new)  # symbolic links are refused by GPTQModel
+        os.link(path.resolve(), new)  # symbolic links are refused by GPTQModel
     except OSError:
         shutil.copyfile(path, new)
 
@@ -252,7 +252,8 @@ def _run(python: Path, job: dict[str, Any], work: Path, on_layer: OnLayer) -> li
             on_layer(event["done"], event["of"])
 
     checkpoints, made = Path(job["checkpoints"]), Path(job["out"])
-    for left in (made, made.with_name(f"{made.name}-parts")):
+    unfinished = checkpoints.glob("attempt-*")  # GPTQModel copies what it goes on from
+    for left in (made, made.with_name(f"{made.name}-parts"), *unfinished):
         shutil.rmtree(left, ignore_errors=True)
     goes_on = checkpoints.exists()
     try:
@@ -277,7 +278,10 @@ def _layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     layers: dict[int, dict[str, float | None]] = {}
     for row in rows:
         layers.setdefault(row["layer"], {})[row["linear"]] = row["error"]
-    return [{"layer": layer, "errors": layers[layer]} for layer in sorted(layers)]
+    # Linears too: threads finish them in any order, and the same run writes the same bytes.
+    return [
+        {"layer": layer, "errors": dict(sorted(layers[layer].items()))} for layer in sorted(layers)
+    ]
 
 
 def _said(events: list[Event], kind: str, field: str, default: Any) -> Any:

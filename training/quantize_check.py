@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training.merge_checkpoint import Checkpoint
+from training.merge_checkpoint import Checkpoint, is_buffer
 from training.quantize_groups import linear_names
 from training.quantize_packed import PackedCheckpoint
 
@@ -25,7 +25,8 @@ def check_result(model: Path, quantized: Path, group_size: int) -> dict[str, Any
         errors = {name: _error(source, packed, name, group_size) for name in linears}
         rest = set(source) - {f"{name}.weight" for name in linears}
         for name in sorted(rest):
-            if name == "lm_head.weight" and name not in packed:  # tied
+            is_tied = name == "lm_head.weight" and name not in packed
+            if is_tied or is_buffer(name):
                 continue
             stored = packed.tensor(name)
             if not torch.equal(source.tensor(name).to(stored.dtype), stored):

@@ -87,6 +87,8 @@ class Request:
         for name in sorted(self.given - takes - _ALWAYS):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} does nothing with --{self.source} and {self.kind}")
+        if "text_share" in self.given and None in (self.rows, self.text):
+            raise ValueError("--text-share does nothing without both --rows and --text")
 
     @property
     def source(self) -> str:

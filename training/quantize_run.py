@@ -75,6 +75,7 @@ def run_worker(
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for this process, which then lets go of stdin
+            close_fds=False,  # a promotion's lock is held until the worker, too, has ended
             text=True,
         ) as worker,
     ):

@@ -86,15 +86,21 @@ def auto_round(job: dict[str, Any], say: Say) -> None:
 
 
 class _Layers:
-    """GPTQModel calls it twice a layer: when it is quantized, and when it is packed too."""
+    """GPTQModel calls it twice a layer: when it is quantized, and when it is packed too.
+
+    A thread of its own waits for each layer's packing, so one may be told of after the next.
+    """
 
     def __init__(self, num_layers: int, say: Say) -> None:
         self._num_layers, self._say = num_layers, say
+        self._done, self._telling = 0, threading.Lock()
 
     def layer_complete(self, layer_idx: int, submodule_finalized: bool) -> None:
-        """Say that a layer is done."""
-        if submodule_finalized:
-            self._say("layer", done=layer_idx + 1, of=self._num_layers)
+        """Say that a layer is done, unless a later one is."""
+        with self._telling:
+            if submodule_finalized and layer_idx >= self._done:
+                self._done = layer_idx + 1
+                self._say("layer", done=self._done, of=self._num_layers)
 
 
 def _count_layers(num_layers: int, say: Say) -> None:

@@ -181,18 +181,25 @@ def _allowed_folder(services: Services, path: str, param: str) -> Path:
     if "://" in path or "\0" in path:
         raise _invalid(f"{param} must be a folder of this server, never a URL.", param)
     for root in roots:
-        folder = (root / path).resolve()  # an absolute path replaces the root
-        if folder.is_relative_to(root):
-            if not folder.is_dir():
-                message = f"{param} names no folder: {path[:256]}"
-                raise ServeError(404, "adapter_not_found", message, param=param)
-            return folder
+        try:
+            folder = (root / path).resolve()  # an absolute path replaces the root
+            if not folder.is_relative_to(root):
+                continue
+            is_folder = folder.is_dir()
+        except (OSError, RuntimeError):  # a name that is too long; links that go in a circle
+            is_folder = False
+        if not is_folder:
+            message = f"{param} names no folder: {path[:256]}"
+            raise ServeError(404, "adapter_not_found", message, param=param)
+        return folder
     raise _invalid(f"{param} must lie beneath a folder that this server allows.", param)
 
 
 async def _push(
     services: Services, body: PushBody | FormBody, folder: Path, key: str | None
 ) -> Response:
+    if body.preload:
+        services.check_open()  # before anything is registered
     before = _current(services, body.name)
     revision = await asyncio.to_thread(
         services.registry.push,

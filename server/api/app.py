@@ -116,6 +116,7 @@ class _Application(Starlette):
         self, services: Services, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]]
     ) -> None:
         super().__init__(routes=_routes(), lifespan=lifespan)
+        self.router.redirect_slashes = False  # a path that is none of ours is told so
         self.state.services = services
 
     def build_middleware_stack(self) -> ASGIApp:

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from server.errors import ServeError
 Scope = Literal["infer", "adapters", "admin"]  # admin may do everything
 
 _PREFIX = "tk-"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +39,21 @@ def new_key(name: str, scopes: frozenset[Scope]) -> tuple[str, ApiKey]:
     return secret, ApiKey(name, _hash(secret), scopes)
 
 
-def load_keys(path: Path) -> list[ApiKey]:
-    """Read a keys file: one JSON object a line; blank lines and # comments are skipped.
+def parse_keys(text: str, path: Path) -> list[ApiKey]:
+    """Read a keys file's text: one JSON object a line; blank lines and # comments are skipped.
 
     Raises ValueError naming the line that is wrong.
     """
-    keys = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            keys.append(_parse(line, f"server.api_keys is {path}, line {number}"))
+    return [
+        _parse(line, f"server.api_keys is {path}, line {number}")
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+
+
+def load_keys(path: Path) -> list[ApiKey]:
+    """Read a keys file to serve with. Raises ValueError for one that is wrong or has no keys."""
+    keys = parse_keys(path.read_text(encoding="utf-8"), path)
     names = [key.name for key in keys]
     if not keys or len(set(names)) != len(names):
         raise ValueError(f"server.api_keys is {path}; it must hold keys, each with its own name")
@@ -106,8 +114,8 @@ def _parse(line: str, where: str) -> ApiKey:
         raise ValueError(f"{where}: must be JSON with name, sha256 and scopes") from None
     if not isinstance(key.name, str) or not key.name:
         raise ValueError(f"{where}: name must be a text")
-    if not isinstance(key.sha256, str) or len(key.sha256) != 64:
-        raise ValueError(f"{where}: sha256 must be 64 hexadecimal digits")
+    if not isinstance(key.sha256, str) or not _SHA256.fullmatch(key.sha256):
+        raise ValueError(f"{where}: sha256 must be 64 hexadecimal digits, in lower case")
     unknown = key.scopes - set(get_args(Scope))
     if unknown or not key.scopes:
         raise ValueError(f"{where}: scopes must be among {', '.join(get_args(Scope))}")

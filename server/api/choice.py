@@ -8,7 +8,7 @@ from typing import get_args
 import msgspec
 
 from adapters.catalog import Lease
-from adapters.manifest import AdapterNotFound
+from adapters.manifest import AdapterLost, AdapterNotFound
 from server.api.detokenizer import Detokenizer
 from server.api.services import Services
 from server.engine.messages import AddRequest, EngineInfo, FirstToken, RequestOutput, TokenLogprobs
@@ -66,8 +66,9 @@ def resolve(services: Services, model: str, path: str | None = None) -> Target:
 
     path  the serving path that the client insists on; None: merged where there is such a model
 
-    Raises ServeError 404 for an unknown name, never falls back to the base; 400 for a path that
-    there is not, 409 for one that does not serve this model now.
+    Raises ServeError 404 for an unknown name, never falls back to the base; 500 for one whose
+    object the store has lost; 400 for a path that there is not, 409 for one that does not serve
+    this model now.
     """
     if path is not None and path not in get_args(ServingPath):
         paths = ", ".join(get_args(ServingPath))
@@ -106,6 +107,8 @@ def _target(services: Services, model: str, *, wants_adapter: bool) -> Target:
         return Target(model, None)
     try:
         lease = services.registry.lease(model)
+    except AdapterLost as error:
+        raise ServeError(500, "adapter_load_failed", error.message) from None
     except AdapterNotFound:
         raise model_not_found(model[:256]) from None
     merged = None if wants_adapter else services.merged.route(lease.revision.digest)
@@ -148,8 +151,11 @@ class Choice:
         )
         self._end_ids = {*services.engine.info.eos_token_ids, *plan.sampling.stop_token_ids}
         self.stream = services.engine.submit(request)
+        name = target.adapter_name
+        if name is not None and not services.registry.has(name):
+            name = None  # deleted meanwhile, its series too
         self.meter = services.metrics.start_request(
-            target.path, target.adapter_name, len(plan.prompt_ids), request.arrival_time
+            target.path, name, len(plan.prompt_ids), request.arrival_time
         )
 
     @property

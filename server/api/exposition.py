@@ -165,9 +165,9 @@ def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram)
 
 def _lora_requests_info(metrics: Metrics) -> Metric:
     """Exactly one series, from start-up on: which adapters are resident, which waited for."""
-    stats, names = metrics.stats, metrics.names()
-    running = {name for digest in stats.resident_adapters for name in names.get(digest, ())}
-    waiting = {name for digest in stats.wanted_adapters for name in names.get(digest, ())} - running
+    stats = metrics.stats
+    running = {name for digest in stats.resident_adapters for name in metrics.names(digest)}
+    waiting = {name for digest in stats.wanted_adapters for name in metrics.names(digest)} - running
     capacity = metrics.info.bank_rows // _USUAL_RANK if metrics.info else 0
     family = GaugeMetricFamily(
         "vllm:lora_requests_info",
@@ -242,14 +242,13 @@ def _adapter_families(adapters: dict[str, AdapterSeries], metrics: Metrics) -> I
 
 
 def _weight_sets(metrics: Metrics) -> Metric:
-    names = metrics.names()
     family = GaugeMetricFamily(
         "turnout_weight_set_bytes",
         "Checkpoints of merged models in the engine.",
         labels=["adapter"],
     )
     for digest, num_bytes in dict(metrics.weight_set_bytes).items():
-        for name in names.get(digest, ())[:1]:  # one model, whatever names it goes by
+        for name in metrics.names(digest)[:1]:  # one model, whatever names it goes by
             family.add_metric([name], num_bytes)
     return family
 

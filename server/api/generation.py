@@ -121,10 +121,13 @@ class Generation:
 
     def usage(self) -> dict[str, object]:
         """OpenAI's usage object; a prompt counts once, however many choices go on from it."""
-        prompts = {id(choice.prompt_ids): choice for choice in self.choices}.values()
-        num_prompt = sum(len(choice.prompt_ids) for choice in prompts)
+        lengths = {id(choice.prompt_ids): len(choice.prompt_ids) for choice in self.choices}
+        cached = lengths.copy()  # the least of a prompt's choices: one may find what another made
+        for choice in self.choices:
+            found = 0 if choice.first is None else choice.first.num_cached_tokens
+            cached[id(choice.prompt_ids)] = min(cached[id(choice.prompt_ids)], found)
+        num_prompt, num_cached = sum(lengths.values()), sum(cached.values())
         num_completion = sum(choice.num_tokens for choice in self.choices)
-        num_cached = sum(choice.first.num_cached_tokens for choice in prompts if choice.first)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,

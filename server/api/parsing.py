@@ -31,9 +31,13 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
 
 
 def parse_form(kind: type[Body], fields: Mapping[str, str]) -> Body:
-    """Read form fields into `kind`: what JSON spells true and false may be a field's text."""
+    """Read form fields into `kind`: a field that is true or false is spelled as in JSON."""
     spelled = {"true": True, "false": False}
-    return _build(kind, {name: spelled.get(text, text) for name, text in fields.items()})
+    flags = {name for name, field in kind.model_fields.items() if field.annotation is bool}
+    given = {
+        name: spelled.get(text, text) if name in flags else text for name, text in fields.items()
+    }
+    return _build(kind, given)
 
 
 def _build(kind: type[Body], given: dict[str, Any]) -> Body:

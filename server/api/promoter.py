@@ -16,7 +16,7 @@ from typing import Any
 from adapters.artifacts import Artifact
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict, AdapterError, AdapterNotFound
-from adapters.promotions import PromotionRequest, PromotionState
+from adapters.promotions import PromotionRequest, PromotionState, file_sha256
 from adapters.registry import Registry
 from server.api.popularity import Popularity
 from server.api.ports import Engine
@@ -107,6 +107,7 @@ class Promoter:
         Raises AdapterConflict while a job works on the revision.
         """
         async with self._changing:
+            await self._follow()  # of a job that has just ended, all is taken in first
             digest = request.adapter_digest
             if await asyncio.to_thread(self._registry.artifacts.reuse, digest, request.settings):
                 self._sets.forgive(digest)
@@ -136,6 +137,7 @@ class Promoter:
         AdapterConflict where there is none.
         """
         async with self._changing:
+            await self._follow()  # of a job that has just ended, all is taken in first
             state = await asyncio.to_thread(self._jobs.state, revision.digest)
             if state is not None and not state.has_ended:
                 raise AdapterConflict(
@@ -190,11 +192,12 @@ class Promoter:
             return
         path, config = self.popularity.rows_of(revision), self._config.promotion
         assert path is not None, "the policy chooses only from those that have rows"
-        rows = await asyncio.to_thread(path.read_bytes)
+        rows, text = await asyncio.to_thread(path.read_bytes), config.text
         request = self.request(
             revision,
             rows_sha256=hashlib.sha256(rows).hexdigest(),
-            text=None if config.text is None else str(config.text.resolve()),
+            text=None if text is None else str(text.resolve()),
+            text_sha256=None if text is None else await asyncio.to_thread(file_sha256, text),
             device=config.device,
         )
         await self.promote(request, {"rows": rows})
@@ -212,18 +215,21 @@ class Promoter:
                 await asyncio.to_thread(self._registry.artifacts.remove_of, digest)
             elif state is not None:
                 await self._take_in(digest, state)
+            self._running.discard(digest)
         self._running = running & named
         self._metrics.num_promoting = len(self._running)
 
     async def _take_in(self, digest: str, state: PromotionState) -> None:
-        self._metrics.promotions[state.status] += 1
-        self._changed[digest] = time.time()
-        log.info("promotion ended: %s %s", state.status, state.message, extra={"adapter": digest})
+        """Do what the end of a job asks for; count it once that is done."""
         if state.status == "done":
             self._sets.forgive(digest)
             made, store = str(state.result.get("artifact")), self._registry.artifacts
             await asyncio.to_thread(store.remove_of, digest, but=made)
-            await asyncio.to_thread(store.restore, made)  # the same bytes may have been demoted
+            with contextlib.suppress(AdapterNotFound):  # somebody has deleted it by hand
+                await asyncio.to_thread(store.restore, made)  # the same bytes may have been demoted
+        self._metrics.promotions[state.status] += 1
+        self._changed[digest] = time.time()
+        log.info("promotion ended: %s %s", state.status, state.message, extra={"adapter": digest})
 
     async def _demote(self, artifact: Artifact, *, keep: bool) -> None:
         store = self._registry.artifacts

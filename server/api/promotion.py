@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict
-from adapters.promotions import Backend, Device, MergeBase
+from adapters.promotions import Backend, Device, MergeBase, file_sha256
 from server.api.parsing import StrictBody
 from server.api.promoter import job_card
 from server.api.services import Services, read_json, services_of
@@ -85,17 +85,18 @@ async def promote_adapter(request: Request) -> Response:
             files[f"{field}_sha256"] = hashlib.sha256(contents[field]).hexdigest()
         elif (file := _allowed_file(services, named, field)) is not None:
             files[field] = str(file)
-            files[f"{field}_sha256"] = await asyncio.to_thread(_file_sha256, file)
+            files[f"{field}_sha256"] = await asyncio.to_thread(file_sha256, file)
     if "rows_sha256" not in files and "eval_rows_sha256" in files:
         raise bad_request("eval_rows without rows: they are held out of others.", param="eval_rows")
-    text = _allowed_file(services, body.text, "text")
+    if (text := _allowed_file(services, body.text, "text")) is not None:
+        files["text"] = str(text)
+        files["text_sha256"] = await asyncio.to_thread(file_sha256, text)
     asked = services.promoter.request(
         revision,
         merge_base=body.merge_base,
         group_size=body.group_size,
         backend=body.backend,
         **files,
-        text=None if text is None else str(text),
         num_tokens=body.num_tokens,
         gate=body.gate.model_dump(exclude_none=True),
         seed=body.seed,
@@ -181,11 +182,6 @@ def _allowed_file(services: Services, path: str | None, param: str) -> Path | No
         "rows_jsonl and eval_rows_jsonl take the rows themselves.",
         param=param,
     )
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _number(request: Request, name: str, most: int) -> int | None:

@@ -4,7 +4,6 @@ import asyncio
 import logging
 
 from adapters.catalog import Revision
-from adapters.manifest import AdapterNotFound
 from adapters.registry import Registry
 from server.api.ports import Engine
 from server.api.services import Services
@@ -12,22 +11,6 @@ from server.engine.request import AdapterRef
 from server.errors import ServeError
 
 log = logging.getLogger(__name__)
-
-
-def digest_names(registry: Registry) -> dict[str, list[str]]:
-    """The adapters that each digest belongs to, for metrics."""
-    names: dict[str, list[str]] = {}
-    for adapter in registry.list():
-        for revision in _revisions(registry, adapter.name):
-            names.setdefault(revision.digest, []).append(adapter.name)
-    return names
-
-
-def _revisions(registry: Registry, name: str) -> tuple[Revision, ...]:
-    try:
-        return registry.revisions(name)
-    except AdapterNotFound:  # deleted a moment ago
-        return ()
 
 
 class EngineDropper:
@@ -56,7 +39,7 @@ class EngineDropper:
     async def drop(self, digest: str) -> None:
         """Have the engine free the digest, unless a name has come to mean it again."""
         assert self._registry is not None, "attached"
-        if digest in digest_names(self._registry):
+        if self._registry.names_of(digest):
             return  # pushed again meanwhile: what the engine holds of it is right
         try:
             await self._engine.drop_adapter(digest)
@@ -68,12 +51,13 @@ async def follow_pin(
     services: Services, name: str, before: Revision | None, after: Revision
 ) -> None:
     """Move a pinned adapter's pin from the revision it meant to the one it means now."""
-    if before is None or before.digest == after.digest or not services.registry.get(name).pinned:
+    is_same = before is not None and before.digest == after.digest
+    if is_same or not services.registry.get(name).pinned:
         return
-    unpin(services, before)
+    if before is not None:
+        unpin(services, before)
     if services.engine.is_ready:  # else `restore_pins` does it, once it is
         await load(services, after, pinned=True)
-        unpin(services, after)  # should the name mean another one by now
 
 
 def unpin(services: Services, revision: Revision) -> None:
@@ -95,6 +79,8 @@ async def load(services: Services, revision: Revision, *, pinned: bool = False) 
     services.check_open()
     adapter = AdapterRef.of(revision)
     event = await services.engine.load_adapter(adapter, pinned=pinned)
+    if pinned:
+        unpin(services, revision)  # should nobody pin it by now
     if event.event not in ("loaded", "postponed"):
         raise ServeError(
             409, "adapter_not_loaded", f"{revision.id} was not loaded: {event.message}"
@@ -108,6 +94,5 @@ async def restore_pins(services: Services) -> None:
         if adapter.pinned and adapter.current is not None:
             try:
                 await load(services, adapter.current, pinned=True)
-                unpin(services, adapter.current)  # should nobody pin it by now
             except ServeError as error:
                 log.warning("pin not restored: %s", error.message, extra={"adapter": adapter.name})

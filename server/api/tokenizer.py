@@ -19,6 +19,11 @@ _Result = TypeVar("_Result")
 
 _SHORT_CHARS = 2048  # a text up to this long is encoded in place: a thread would cost more
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What a template may raise: its own words, or its own mistake.
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RuntimeError, MemoryError, SyntaxError),
+)
 _SPACE = "\u2581"  # how SentencePiece writes a blank
 
 
@@ -90,11 +95,11 @@ class TextCodec:
                 add_generation_prompt=add_generation_prompt,
                 **cast("dict[str, Any]", self._named_tokens),
             )[0]  # the other is where the assistant's turns are
-        except (TemplateError, TypeError) as error:  # the template's own words, or its own mistake
+            return self.encode(texts[0], add_special_tokens=add_special_tokens)
+        except _TEMPLATE_ERRORS as error:
             raise bad_request(
                 f"The chat template refuses the messages: {error}", param="messages"
             ) from None
-        return self.encode(texts[0], add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids as a whole."""

@@ -84,7 +84,10 @@ class _Receiver:
 
     def on_part_end(self) -> None:
         if self._part.file is None:
-            self.fields[self._part.name] = self._part.value.decode("utf-8", "replace")
+            name = self._part.name
+            if name in self.fields:
+                raise bad_request(f"The form has {name[:64]!r} twice.", param=name[:64])
+            self.fields[name] = self._part.value.decode("utf-8", "replace")
 
     def on_end(self) -> None:
         self.is_whole = True

@@ -168,10 +168,13 @@ class WeightSets:
     async def _load(self, merged: MergedPath, digest: str, artifact: Artifact) -> None:
         message, ended_engine = "", False
         if artifact.digest not in self._whole:
-            if not await asyncio.to_thread(self._store.is_whole, artifact.digest):
-                message = "its files are damaged; promote it again"
-            else:
-                self._whole.add(artifact.digest)
+            try:
+                if await asyncio.to_thread(self._store.is_whole, artifact.digest):
+                    self._whole.add(artifact.digest)
+                else:
+                    message = "its files are damaged; promote it again"
+            except OSError as error:
+                message = f"its files cannot be read: {error}"
         if not message:
             try:
                 await merged.load(digest, artifact.digest, self._store.path(artifact.digest))
@@ -188,13 +191,14 @@ class WeightSets:
 
     def _wanted(self) -> dict[str, Artifact]:
         """What should be served merged: adapter digest -> artifact."""
-        if not self._store.every():
-            return {}
-        found = {digest: self.artifact(digest) for digest in self.published()}
+        newest = {each.adapter_digest: each for each in self._store.every()}  # the oldest is first
+        published = self.published() if newest else {}
         return {
             digest: artifact
-            for digest, artifact in found.items()
-            if artifact is not None and not self._store.is_demoted(artifact.digest)
+            for digest, artifact in newest.items()
+            if digest in published
+            and artifact.base_digest == self._registry.base_digest
+            and not self._store.is_demoted(artifact.digest)
         }
 
     def _may_try(self, digest: str, artifact: Artifact) -> bool:

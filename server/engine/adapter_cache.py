@@ -7,6 +7,8 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from adapters.rope import RopeScaling
 from server.engine.messages import AdapterChange, AdapterEvent
 from server.engine.request import AdapterRef, Tier
@@ -52,7 +54,7 @@ class Resident:
     @property
     def is_idle(self) -> bool:
         """Whether its pages may be taken."""
-        return self.is_ready and self.num_leases == 0
+        return self.num_leases == 0 and self.is_ready
 
 
 @dataclass(slots=True)
@@ -269,13 +271,19 @@ class AdapterCache:
     def _load(
         self, adapter: AdapterRef, host: HostAdapter | None, pages: list[int], table: int
     ) -> HostAdapter:
-        """Runs in a worker thread; nothing reads these pages, or a new table, until `_publish`."""
-        host = host or self._read(adapter)
-        if adapter.rope is not None and not self._tables[table].is_written:
-            assert self._write_table is not None, "rotary tables are written by somebody"
-            self._write_table(table, adapter.rope)
-            self._tables[table].is_written = True
-        self._write(pages, host)
+        """Runs in a worker thread; nothing reads these pages, or a new table, until `_publish`.
+
+        Raises OSError, ValueError, and what is a fault of our own.
+        """
+        try:
+            host = host or self._read(adapter)
+            if adapter.rope is not None and not self._tables[table].is_written:
+                assert self._write_table is not None, "rotary tables are written by somebody"
+                self._write_table(table, adapter.rope)
+                self._tables[table].is_written = True
+            self._write(pages, host)
+        except torch.OutOfMemoryError as error:  # of its copies on the way; running rows go on
+            raise OSError(f"no device memory for adapter {adapter.digest}: {error}") from error
         return host
 
     def _evictable(self, *, spare_pinned: bool = False) -> list[Resident]:

@@ -36,16 +36,22 @@ class ResidentBase(Protocol):
 class AdapterLoader:
     """Reads stored objects for one resident base."""
 
-    def __init__(self, objects: Path, base: ResidentBase, dtype: torch.dtype) -> None:
+    def __init__(
+        self, objects: Path, base: ResidentBase, dtype: torch.dtype, max_rank: int
+    ) -> None:
         self._objects = objects
         self._base = base
         self._dtype = dtype
+        self._max_rank = max_rank
         device = base.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
     def read(self, adapter: AdapterRef) -> PackedAdapter:
-        """Read one adapter; ValueError for a damaged object, OSError for none or no memory."""
+        """Read one adapter; OSError for no object or no memory.
+
+        ValueError for a damaged object, and for one registered when higher ranks were served.
+        """
         path = self._objects / f"{adapter.digest}.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"adapter object {adapter.digest} is not in the store")
@@ -61,6 +67,11 @@ class AdapterLoader:
             if manifest.num_rank_rows != adapter.num_rank_rows:
                 raise ValueError(
                     f"adapter object {adapter.digest} needs {manifest.num_rank_rows} rows"
+                )
+            if manifest.max_rank > self._max_rank:
+                raise ValueError(
+                    f"adapter object {adapter.digest} has rank {manifest.max_rank}; this server "
+                    f"takes {self._max_rank} (serve --max-rank)"
                 )
             if scaling_of(manifest.rope) != adapter.rope:
                 raise ValueError(f"adapter object {adapter.digest} has RoPE {manifest.rope}")

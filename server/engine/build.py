@@ -191,7 +191,8 @@ def _adapter_cache(
     rotary: RotaryTables,
 ) -> AdapterCache:
     page_rows = config.adapters.page_rows
-    loader = AdapterLoader(config.adapters.store / "objects", base, dtype)
+    objects = config.adapters.store / "objects"
+    loader = AdapterLoader(objects, base, dtype, config.adapters.max_rank)
 
     def write(pages: list[int], adapter: HostAdapter) -> None:
         assert isinstance(adapter, PackedAdapter), "what the loader reads"

@@ -7,6 +7,7 @@ idling earns no credit.
 
 from collections import deque
 from collections.abc import Iterator
+from heapq import heapify, heappop, heapreplace
 
 from server.engine.request import Request
 
@@ -71,16 +72,17 @@ class FairQueue:
 
         An adapter's requests behind one that stays queued are not offered: they wait for it.
         """
-        blocked: set[str] = set()
-        while True:
-            heads = [queue[0] for key, queue in self._queues.items() if key not in blocked]
-            if not heads:
-                return
-            request = min(heads, key=self._turn)
+        heads = [(*self._turn(queue[0]), key) for key, queue in self._queues.items()]
+        heapify(heads)
+        while heads:
+            key = heads[0][-1]
+            request = self._queues[key][0]
             yield request
-            queue = self._queues.get(request.fairness_key)
-            if queue is not None and queue[0] is request:
-                blocked.add(request.fairness_key)
+            queue = self._queues.get(key)
+            if queue is not None and queue[0] is not request:
+                heapreplace(heads, (*self._turn(queue[0]), key))
+            else:
+                heappop(heads)
 
     def charge(self, key: str, num_tokens: int, *, is_decode: bool) -> None:
         """Count tokens served to an adapter."""

@@ -7,8 +7,8 @@ from server.engine.cuda_graphs import CudaGraphs
 from server.engine.gpu_runner import GpuRunner
 from server.engine.model_runner import RunnerParts
 from server.kernels import lora_launch, nf4_linear
-from server.kernels.lora_step import PAGE_ROWS
 from server.kernels.nf4_pack import INT4, NF4
+from server.kernels.nvrtc import shared_memory_limit
 from server.model.gpu_decoder import GpuDecoder
 from server.model.gpu_step import GpuStep, padded_rows
 
@@ -31,18 +31,19 @@ def gpu_runner(
     *,
     with_lora: bool,
 ) -> GpuRunner:
-    """Make it; its graphs are still to be captured."""
-    max_running = scheduling.max_running
+    """Make it; its graphs are still to be captured. ValueError for ranks that the GPU cannot."""
+    max_running, device = scheduling.max_running, decoder.device
+    shared_limit = shared_memory_limit(device) if with_lora and device.type == "cuda" else None
     step = GpuStep(
         decoder.spec,
-        max_tokens=max(
-            scheduling.max_step_tokens, scheduling.max_prefill_tokens, padded_rows(max_running)
+        max_tokens=padded_rows(  # each token of a prompt may want logits
+            max(scheduling.max_step_tokens, scheduling.max_prefill_tokens, max_running)
         ),
         max_requests=max_running,
         max_blocks=-(-max_model_len // parts.block_size),
-        max_pages=-(-(max_rank + 1) // PAGE_ROWS),  # DoRA's gain takes a row too
+        max_pages=lora_launch.pages_of_rank(max_rank, shared_limit),
         block_size=parts.block_size,
-        device=decoder.device,
+        device=device,
     )
     graphs = CudaGraphs(max_running, step.max_tokens, with_lora=with_lora)
     return GpuRunner(decoder, parts, step, graphs)

@@ -222,4 +222,3 @@ def main() -> None:
         socket.linger = 1000
         socket.connect(endpoint)
         EngineProcess(socket, config, parent_pid).run()
-

@@ -76,6 +76,7 @@ class Request:
     holds_adapter: bool = False
     queued_time: float = 0.0  # when it last joined the queue
     admitted_time: float = 0.0  # when it last left the queue
+    num_admitted_tokens: int = 0  # known then
     first_scheduled_time: float | None = None
     num_cached_tokens: int = 0  # of its first admission
     tier: Tier | None = None

@@ -187,11 +187,12 @@ class Scheduler:
         request.state_row = self._free_rows.pop()
         request.num_computed_tokens = num_cached
         request.admitted_time = now
-        self.prefix_queries += request.num_known_tokens
-        self.prefix_hits += num_cached
-        if request.first_scheduled_time is None:
+        request.num_admitted_tokens = request.num_known_tokens
+        if request.first_scheduled_time is None:  # later its own blocks are what it finds
             request.first_scheduled_time = now
             request.num_cached_tokens = num_cached
+            self.prefix_queries += len(request.prompt_ids)
+            self.prefix_hits += num_cached
 
     def _lease(self, request: Request) -> bool:
         """Hold the request's adapter; True once it is in the bank."""
@@ -236,15 +237,13 @@ class Scheduler:
         return True
 
     def _had_turn(self, other: Request, request: Request, now: float) -> bool:
-        """Whether a running request may give way: it has had max_wait_s, and its prompt behind it.
+        """Whether a running request may give way: it has had max_wait_s, and got on by a token.
 
         (A prompt that takes longer than that would otherwise never be done.)
         """
         is_other = other.fairness_key != request.fairness_key
-        has_prompt_behind = other.num_uncomputed_tokens <= 1
-        return (
-            is_other and has_prompt_behind and now - other.admitted_time > self._config.max_wait_s
-        )
+        got_on = other.num_known_tokens + other.num_pending > other.num_admitted_tokens
+        return is_other and got_on and now - other.admitted_time > self._config.max_wait_s
 
     def _take_idle_leases(self) -> bool:
         """Release the ready adapters that other waiting requests hold; False if there are none."""

@@ -134,6 +134,30 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def large_tile_bytes(name: str, max_pages: int) -> int:
+    """Shared memory of a kernel with large tiles: h of 64 tokens, every rank of an adapter."""
+    parts = 2 if name == "expand_silu" else 1
+    pitch = -(-max_pages // 2) * PAGE_ROWS + 4
+    return parts * LARGE_TILE * pitch * 4
+
+
+def pages_of_rank(max_rank: int, shared_limit: int | None) -> int:
+    """Pages of an adapter at most: DoRA's gain takes a row too.
+
+    shared_limit  bytes of shared memory that a block may have, if it is to run on a GPU
+
+    ValueError where the kernels could not hold so many on the chip.
+    """
+    max_pages = -(-(max_rank + 1) // PAGE_ROWS)
+    needed = large_tile_bytes("expand_silu", max_pages)
+    if shared_limit is not None and needed > shared_limit:
+        raise ValueError(
+            f"adapters.max_rank is {max_rank}, which takes {needed} bytes of a block's shared "
+            f"memory; on this GPU it has {shared_limit} (serve --max-rank)"
+        )
+    return max_pages
+
+
 def compile_ahead(device: torch.device) -> None:
     """Compile into the cache on the disk; in any thread, whatever its context."""
     compiled(kernel_source(), architecture(device))
@@ -158,9 +182,7 @@ class Kernels:
         key = (name, is_large, max_pages)
         if key not in self._expand:
             size = "large" if is_large else "small"
-            parts = 2 if name == "expand_silu" else 1
-            pitch = -(-max_pages // 2) * PAGE_ROWS + 4
-            shared_bytes = parts * LARGE_TILE * pitch * 4 if is_large else 0
+            shared_bytes = large_tile_bytes(name, max_pages) if is_large else 0
             threads = 256 if is_large else 128
             self._expand[key] = self._kernel(
                 f"{name}_{size}", EXPAND_PARAMS, threads=threads, shared_bytes=shared_bytes

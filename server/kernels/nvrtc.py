@@ -174,6 +174,8 @@ def compiled(source: str, arch: str, options: tuple[str, ...] = ()) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(cubin)
+        file.flush()
+        os.fsync(file.fileno())  # an empty one, after the power failed, would never load
     Path(file.name).replace(path)  # whole or not at all, whoever else compiles it too
     return cubin
 

@@ -9,7 +9,7 @@ from server.model.spec import FUSED, ModelSpec
 
 GroupKey = tuple[int, str]  # layer, fused group
 
-_MAX_KEPT = 4096  # selections: about 30 sets of rows over 30 layers
+_MAX_KEPT_SETS = 4  # of rows, over all linears; a batch has the same ones for many steps
 _MAX_STACKED_ROWS = 32
 
 
@@ -32,9 +32,12 @@ class PackedAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Host memory that it takes."""
+        """Host memory that it takes: torch pins it by powers of two."""
         tensors = [*self.lora_a.values(), *self.lora_b.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(
+            1 << (tensor.nbytes - 1).bit_length() if tensor.is_pinned() else tensor.nbytes
+            for tensor in tensors
+        )
 
 
 class AdapterBank:
@@ -68,12 +71,14 @@ class AdapterBank:
         if not isinstance(rows, slice):
             return self._select(key, rows)
         name = (key, rows.start, rows.stop)
-        if name not in self._kept:
-            if len(self._kept) >= _MAX_KEPT:
+        found = self._kept.get(name)
+        if found is None:
+            if len(self._kept) >= _MAX_KEPT_SETS * len(self.lora_a):
                 self._kept.clear()
             is_small = rows.stop - rows.start <= _MAX_STACKED_ROWS
-            self._kept[name] = self._stack(key, rows) if is_small else self._select(key, rows)
-        return self._kept[name]
+            found = self._stack(key, rows) if is_small else self._select(key, rows)
+            self._kept[name] = found
+        return found
 
     def _select(self, key: GroupKey, rows: slice | torch.Tensor) -> LoraRows:
         """One product for each sublinear: views of the bank if the rows are neighbours."""

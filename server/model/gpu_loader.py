@@ -10,6 +10,8 @@ from server.model.loader import (
     check_quantization,
     check_weight_set,
     shared,
+    stacked,
+    weight,
 )
 from server.model.rotary import RotaryTables
 from server.model.spec import FUSED, ModelSpec
@@ -33,13 +35,13 @@ def load_gpu_decoder(
     check_quantization(checkpoint.folder, quantization)
     layers = []
     for index in range(spec.num_layers):
-        layers.append(_load_layer(checkpoint, index, device))
+        layers.append(_load_layer(checkpoint, spec, index, device))
         on_progress("loading the base", (index + 1) / spec.num_layers)
-    embedding = _tensor(checkpoint, "model.embed_tokens", device)
+    embedding = weight(checkpoint, spec, "model.embed_tokens", device, DTYPE)
     is_tied = checkpoint.has_tied_head(spec)
-    head = embedding if is_tied else _tensor(checkpoint, "lm_head", device)
+    head = embedding if is_tied else weight(checkpoint, spec, "lm_head", device, DTYPE)
     return GpuDecoder(
-        spec, embedding, layers, _tensor(checkpoint, "model.norm", device), head, rotary
+        spec, embedding, layers, weight(checkpoint, spec, "model.norm", device, DTYPE), head, rotary
     )
 
 
@@ -54,20 +56,22 @@ def load_gpu_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: GpuDecode
     device = base.device
     layers = []
     for index, known in enumerate(base.layers):
-        layer = _load_layer(checkpoint, index, device)
+        layer = _load_layer(checkpoint, spec, index, device)
         norms = (
             shared(layer.input_norm, known.input_norm),
             shared(layer.post_attention_norm, known.post_attention_norm),
         )
         layers.append(GpuLayer(*norms, layer.linears))
-    embedding = shared(_tensor(checkpoint, "model.embed_tokens", device), base.embedding)
+    embedding = shared(
+        weight(checkpoint, spec, "model.embed_tokens", device, DTYPE), base.embedding
+    )
     is_tied = checkpoint.has_tied_head(spec)
-    head = embedding if is_tied else _tensor(checkpoint, "lm_head", device)
+    head = embedding if is_tied else weight(checkpoint, spec, "lm_head", device, DTYPE)
     decoder = GpuDecoder(
         spec,
         embedding,
         layers,
-        shared(_tensor(checkpoint, "model.norm", device), base.final_norm),
+        shared(weight(checkpoint, spec, "model.norm", device, DTYPE), base.final_norm),
         shared(head, base.lm_head),
         base.rotary,
         base.scratch,
@@ -77,20 +81,16 @@ def load_gpu_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: GpuDecode
     return decoder
 
 
-def _tensor(checkpoint: Checkpoint, name: str, device: torch.device) -> torch.Tensor:
-    return checkpoint.tensor(f"{name}.weight").to(device, DTYPE)
-
-
-def _load_layer(checkpoint: Checkpoint, index: int, device: torch.device) -> GpuLayer:
+def _load_layer(
+    checkpoint: Checkpoint, spec: ModelSpec, index: int, device: torch.device
+) -> GpuLayer:
     prefix = f"model.layers.{index}."
     linears = {
-        group: make_packed_linear(
-            [checkpoint.matrix(prefix + name, device) for name in names], device
-        )
-        for group, names in FUSED.items()
+        group: make_packed_linear(stacked(checkpoint, spec, index, group, device), device)
+        for group in FUSED
     }
     return GpuLayer(
-        _tensor(checkpoint, prefix + "input_layernorm", device),
-        _tensor(checkpoint, prefix + "post_attention_layernorm", device),
+        weight(checkpoint, spec, prefix + "input_layernorm", device, DTYPE),
+        weight(checkpoint, spec, prefix + "post_attention_layernorm", device, DTYPE),
         linears,
     )

@@ -5,12 +5,12 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from server.kernels.dense_linear import DenseWeight, pack
 from server.model.decoder import Decoder, Layer
@@ -21,12 +21,16 @@ from server.quant import int4
 
 OnProgress = Callable[[str, float], None]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of a weight that is not quantized
 # What a weight set may have of its own: it runs on the base's KV cache and rotary tables.
 _OWN_FIELDS = ("max_positions", "tie_word_embeddings", "eos_token_ids")
 
 
 class Checkpoint:
-    """Tensors of a safetensors checkpoint, by name, wherever its shards hold them."""
+    """Tensors of a safetensors checkpoint, by name, wherever its shards hold them.
+
+    ValueError says which of its files is damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,11 +39,9 @@ class Checkpoint:
         if index.exists():
             self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
         else:
-            with safe_open(folder / "model.safetensors", framework="pt") as shard:
-                self._shard_of = dict.fromkeys(shard.keys(), "model.safetensors")
-        self._open = {
-            name: safe_open(folder / name, framework="pt") for name in set(self._shard_of.values())
-        }
+            names = _opened(folder / "model.safetensors").keys()
+            self._shard_of = dict.fromkeys(names, "model.safetensors")
+        self._open = {name: _opened(folder / name) for name in set(self._shard_of.values())}
 
     @property
     def group_size(self) -> int | None:
@@ -50,10 +52,12 @@ class Checkpoint:
         return name in self._shard_of
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; ValueError if the checkpoint has none of this name."""
+        """Read one tensor, maybe the file's own pages; ValueError if there is none of this name."""
         if name not in self._shard_of:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
-        found: torch.Tensor = self._open[self._shard_of[name]].get_tensor(name)
+        shard = self._shard_of[name]
+        with _naming(self.folder / shard):
+            found: torch.Tensor = self._open[shard].get_tensor(name)
         return found
 
     def matrix(self, linear: str, device: torch.device) -> Matrix:
@@ -73,8 +77,58 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: {error}") from error
 
     def has_tied_head(self, spec: ModelSpec) -> bool:
-        """Whether the head is the embedding's matrix."""
-        return spec.tie_word_embeddings or "lm_head.weight" not in self
+        """Whether the head is the embedding's matrix: GPTQ's tools may leave it out unsaid."""
+        is_left_out = self.gptq is not None and "lm_head.weight" not in self
+        return spec.tie_word_embeddings or is_left_out
+
+
+def _opened(path: Path) -> safe_open:
+    with _naming(path):
+        return safe_open(path, framework="pt")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what safetensors finds wrong with a file into a ValueError that names it."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or was not copied in full: {error}") from error
+
+
+def weight(
+    checkpoint: Checkpoint, spec: ModelSpec, name: str, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """A norm, the embedding or the head, named without `.weight`, in memory of its own.
+
+    So whoever writes to the file later changes no running model. ValueError for another shape.
+    """
+    rows = () if name.endswith("norm") else (spec.vocab_size,)
+    found = checkpoint.tensor(f"{name}.weight")
+    _check(checkpoint, name, found, (*rows, spec.hidden_size))
+    return found.to(device, dtype, copy=True)
+
+
+def stacked(
+    checkpoint: Checkpoint, spec: ModelSpec, index: int, group: str, device: torch.device
+) -> list[Matrix]:
+    """The linears of a layer that are one matrix at run time. ValueError for another shape."""
+    matrices = []
+    for name in FUSED[group]:
+        linear = f"model.layers.{index}.{name}"
+        matrices.append(checkpoint.matrix(linear, device))
+        _check(checkpoint, linear, matrices[-1], spec.linear_shape(name))
+    return matrices
+
+
+def _check(checkpoint: Checkpoint, name: str, found: Matrix, shape: tuple[int, ...]) -> None:
+    if tuple(found.shape) != shape:
+        raise ValueError(
+            f"{checkpoint.folder}: {name} is {list(found.shape)}; its config.json makes it "
+            f"{list(shape)}"
+        )
+    if isinstance(found, torch.Tensor) and found.dtype not in _DTYPES:
+        raise ValueError(f"{checkpoint.folder}: {name} is {found.dtype}; 16 or 32 bits are read")
 
 
 def check_quantization(folder: Path, quantization: str) -> int4.GPTQFormat | None:
@@ -139,13 +193,13 @@ def load_decoder(
     check_quantization(checkpoint.folder, quantization)
     layers = []
     for index in range(spec.num_layers):
-        layers.append(_load_layer(checkpoint, index, quantization, dtype, device))
+        layers.append(_load_layer(checkpoint, spec, index, quantization, dtype, device))
         on_progress("loading the base", (index + 1) / spec.num_layers)
-    embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+    embedding = weight(checkpoint, spec, "model.embed_tokens", device, dtype)
     is_tied = checkpoint.has_tied_head(spec)
-    head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)
+    head = embedding if is_tied else weight(checkpoint, spec, "lm_head", device, dtype)
     activations = activation_dtype(dtype, device)
-    final_norm = checkpoint.tensor("model.norm.weight").to(device, activations)
+    final_norm = weight(checkpoint, spec, "model.norm", device, activations)
     return Decoder(spec, embedding, layers, final_norm, pack(head), rotary)
 
 
@@ -158,16 +212,16 @@ def load_weight_set(checkpoint: Checkpoint, spec: ModelSpec, base: Decoder) -> D
     device, dtype = base.device, base.dtype
     layers = []
     for index, known in enumerate(base.layers):
-        layer = _load_layer(checkpoint, index, "gptq", dtype, device)
+        layer = _load_layer(checkpoint, spec, index, "gptq", dtype, device)
         norms = (
             shared(layer.input_norm, known.input_norm),
             shared(layer.post_attention_norm, known.post_attention_norm),
         )
         layers.append(Layer(*norms, layer.linears))
-    embedding = checkpoint.tensor("model.embed_tokens.weight").to(device, dtype)
+    embedding = weight(checkpoint, spec, "model.embed_tokens", device, dtype)
     is_tied = checkpoint.has_tied_head(spec)
-    head = embedding if is_tied else checkpoint.tensor("lm_head.weight").to(device, dtype)
-    final_norm = checkpoint.tensor("model.norm.weight").to(device, base.final_norm.dtype)
+    head = embedding if is_tied else weight(checkpoint, spec, "lm_head", device, dtype)
+    final_norm = weight(checkpoint, spec, "model.norm", device, base.final_norm.dtype)
     return Decoder(
         spec,
         shared(embedding, base.embedding),
@@ -184,16 +238,19 @@ def _shared_head(head: torch.Tensor, known: DenseWeight) -> DenseWeight:
 
 
 def _load_layer(
-    checkpoint: Checkpoint, index: int, quantization: str, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    index: int,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Layer:
-    prefix = f"model.layers.{index}."
-
     def norm(name: str) -> torch.Tensor:
-        weight = checkpoint.tensor(f"{prefix}{name}.weight")
-        return weight.to(device, activation_dtype(dtype, device))
+        full_name = f"model.layers.{index}.{name}"
+        return weight(checkpoint, spec, full_name, device, activation_dtype(dtype, device))
 
     linears = {}
-    for group, names in FUSED.items():
-        matrices = [checkpoint.matrix(prefix + name, device) for name in names]
+    for group in FUSED:
+        matrices = stacked(checkpoint, spec, index, group, device)
         linears[group] = make_linear(matrices, quantization, dtype, device)
     return Layer(norm("input_layernorm"), norm("post_attention_layernorm"), linears)

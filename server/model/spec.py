@@ -56,6 +56,13 @@ class ModelSpec:
 def read_spec(folder: Path) -> ModelSpec:
     """Read a checkpoint folder; ValueError names what we cannot run."""
     config = json.loads((folder / "config.json").read_text())
+    try:
+        return _spec(folder, config)
+    except KeyError as error:
+        raise ValueError(f"{folder}: config.json does not say {error}") from None
+
+
+def _spec(folder: Path, config: dict[str, Any]) -> ModelSpec:
     architecture = (config.get("architectures") or ["?"])[0]
     if architecture not in ("MistralForCausalLM", "LlamaForCausalLM"):
         raise ValueError(f"{folder}: architecture {architecture} is not MistralForCausalLM")
@@ -76,10 +83,16 @@ def read_spec(folder: Path) -> ModelSpec:
         max_positions=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
         rope_theta=_rope_theta(folder, config),
-        sliding_window=config.get("sliding_window"),
+        sliding_window=_sliding_window(architecture, config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         eos_token_ids=_eos_token_ids(folder, config),
     )
+
+
+def _sliding_window(architecture: str, config: dict[str, Any]) -> int | None:
+    """As transformers takes it: Mistral's is 4,096 where nothing is said; Llama has none."""
+    found: int | None = config.get("sliding_window", 4096)
+    return found if architecture == "MistralForCausalLM" else None
 
 
 def _rope_theta(folder: Path, config: dict[str, Any]) -> float:

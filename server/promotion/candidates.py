@@ -1,10 +1,10 @@
 """Whom to promote: tokens served, and what each merge would save and take. Figures alone."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.promotion.cost import BASE, StepTimes, estimate
+from server.promotion.cost import BASE, StepTimes, seconds_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,26 +65,24 @@ def candidates(
     if base_tokens > 0:
         shares[BASE] = base_tokens
     total = sum(shares.values())
+
+    def cost_s(merged: set[str]) -> float:
+        return seconds_per_token(shares, batch_size, times, merged) if total else 0.0
+
+    now, now_s = set(promoted), cost_s(set(promoted))
+
+    def saved_s(digest: str) -> float:
+        other_s = cost_s(now ^ {digest})
+        return other_s - now_s if digest in now else now_s - other_s
+
     found = [
         Candidate(
             served=each,
             share=shares[each.digest] / total if total else 0.0,
-            is_promoted=each.digest in promoted,
-            saved_s=_saved_s(shares, each.digest, promoted, batch_size, times) if total else 0.0,
+            is_promoted=each.digest in now,
+            saved_s=saved_s(each.digest),
             num_bytes=num_bytes,
         )
         for each in served
     ]
     return sorted(found, key=lambda c: (-c.saved_s, -c.served.tokens, c.served.revision))
-
-
-def _saved_s(
-    shares: Mapping[str, float],
-    digest: str,
-    promoted: Collection[str],
-    batch_size: int,
-    times: StepTimes,
-) -> float:
-    others = set(promoted) - {digest}
-    without = estimate(shares, batch_size, times, others).with_s
-    return without - estimate(shares, batch_size, times, {*others, digest}).with_s

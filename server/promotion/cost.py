@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, lgamma, log, log1p
 
+import numpy as np
+
 BASE = ""  # the share of requests that name no adapter
 
 
@@ -92,19 +94,29 @@ def estimate(
 
     Exact for that model: a step's expected time is the sum of its passes' expected times.
     """
-    total = sum(trace_shares.values())
     if promoted is None:
         adapters = {name: share for name, share in trace_shares.items() if name != BASE}
         promoted = [max(adapters, key=adapters.__getitem__)] if adapters else []
+    return Estimate(
+        without_s=seconds_per_token(trace_shares, batch_size, step_times, ()),
+        with_s=seconds_per_token(trace_shares, batch_size, step_times, promoted),
+    )
+
+
+def seconds_per_token(
+    trace_shares: Mapping[str, float],
+    batch_size: int,
+    step_times: StepTimes,
+    promoted: Collection[str],
+) -> float:
+    """One side of an `estimate`."""
+    total = sum(trace_shares.values())
     if total <= 0 or min(trace_shares.values()) < 0:
         raise ValueError("trace_shares must be 0 or more, and not all 0")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
     shares = {name: share / total for name, share in trace_shares.items()}
-    return Estimate(
-        without_s=_step_s(shares, batch_size, step_times, ()) / batch_size,
-        with_s=_step_s(shares, batch_size, step_times, promoted) / batch_size,
-    )
+    return _step_s(shares, batch_size, step_times, promoted) / batch_size
 
 
 def _step_s(
@@ -118,16 +130,26 @@ def _step_s(
             seconds += chance * times.merged(num_rows)
             num_passes += chance
     kept = sum(rest.values())
-    for num_rows, chance in _binomial(batch_size, kept):
-        seconds += chance * times.over_base(num_rows, _num_distinct(rest, kept, num_rows))
-        num_passes += chance
+    if over_base := _binomial(batch_size, kept):
+        num_distinct = _num_distinct(rest, kept, batch_size)
+        for num_rows, chance in over_base:
+            seconds += chance * times.over_base(num_rows, num_distinct[num_rows])
+            num_passes += chance
     return seconds - max(num_passes - 1, 0.0) * times.second_pass_s
 
 
-def _num_distinct(shares: Mapping[str, float], total: float, num_rows: int) -> float:
-    """How many adapters so many rows are expected to name; the base is none."""
-    absent = ((1 - min(share / total, 1.0)) ** num_rows for n, share in shares.items() if n != BASE)
-    return sum(1 - chance for chance in absent)
+def _num_distinct(shares: Mapping[str, float], total: float, most_rows: int) -> list[float]:
+    """How many adapters 0, 1, 2, … rows are expected to name; the base is none.
+
+    Who has no share is left out: one more zero would change how the sum is rounded.
+    """
+    adapters = np.array([share for name, share in shares.items() if share and name != BASE])
+    absent_once = 1 - np.minimum(adapters / total, 1.0)
+    absent, found = np.ones_like(absent_once), [0.0]
+    for _ in range(most_rows):
+        absent *= absent_once
+        found.append(float((1 - absent).sum()))
+    return found
 
 
 def _binomial(num_rows: int, share: float) -> list[tuple[int, float]]:

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from adapters.artifacts import ArtifactStore
+from adapters.artifacts import Artifact, ArtifactStore
 from adapters.manifest import AdapterConflict, AdapterNotFound, show
 from adapters.promotions import (
     JobFolder,
@@ -115,10 +115,9 @@ class Jobs:
         with self._changing:
             self._kill(folder)
             state = folder.state() or state
-            request = folder.request()
-            for artifact in self._artifacts.every():
-                if request is not None and artifact.job == request.job:
-                    self._artifacts.remove(artifact.digest)
+            made = self._made(folder)
+            if made is not None:
+                self._artifacts.remove(made.digest)
             return self._finish(folder, state, "cancelled", "cancelled by an operator")
 
     def forget(self, adapter_digest: str) -> None:
@@ -214,13 +213,22 @@ class Jobs:
         self, folder: JobFolder, state: PromotionState, status: str, message: str
     ) -> PromotionState:
         """Write down how a job ended that can no longer do so, and delete what it left."""
-        now = time.time()
+        made, now = self._made(folder), time.time()
         ended = msgspec.structs.replace(
             state, status=status, message=message, updated=now, finished=now
         )
+        if made is not None:  # it died between registering and saying so
+            ended = msgspec.structs.replace(
+                ended, status="done", stage="register", fraction=1.0, message="", result=made.result
+            )
         folder.write_state(ended)
         folder.clear()
         return ended
+
+    def _made(self, folder: JobFolder) -> Artifact | None:
+        """What the folder's job has registered."""
+        request = folder.request()
+        return None if request is None else self._artifacts.made_by(request.job)
 
     def _last_words(self, folder: JobFolder) -> str:
         """Why a job's process may have ended: its exit code, if it was ours, and its log's end."""

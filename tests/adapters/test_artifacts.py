@@ -1,6 +1,7 @@
 """The artifact store: whole or not there, found by the adapter, gone with it."""
 
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -78,6 +79,34 @@ def test_the_same_artifact_is_registered_once_however_it_was_made(
     assert len(store.every()) == 1
 
 
+def test_one_that_was_damaged_makes_room_for_the_same_made_anew(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    damaged = register(store, a_folder(tmp_path), settings={"asked": 1})
+    (store.path(damaged.digest) / "config.json").write_text("?")
+    again = register(store, a_folder(tmp_path), settings={"asked": 2})
+    assert again.digest == damaged.digest
+    assert store.is_whole(again.digest)
+    assert ArtifactStore(tmp_path).every() == [again]
+
+
+def test_a_kill_while_a_second_one_is_deleted_leaves_no_half_of_it_to_be_registered(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = register(store, a_folder(tmp_path))
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            register(store, a_folder(tmp_path))
+    assert not (tmp_path / "made").exists()
+    store.sweep({ADAPTER})
+    assert [path.name for path in store.folder.iterdir()] == [first.digest]
+
+
 def test_a_record_of_a_try_that_was_killed_is_no_part_of_the_digest(
     store: ArtifactStore, tmp_path: Path
 ) -> None:
@@ -105,6 +134,18 @@ def test_a_file_more_or_less_is_noticed(store: ArtifactStore, tmp_path: Path) ->
     (store.path(digest) / "config.json").unlink()
     assert not store.is_whole(digest)
     assert not store.is_whole("nobody")
+
+
+def test_links_and_a_record_that_is_gone_are_no_errors_of_who_looks(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    digest = register(store, a_folder(tmp_path)).digest
+    (store.path(digest) / "link").symlink_to("config.json")
+    assert not store.is_whole(digest)
+    (store.path(digest) / "link").unlink()
+    assert store.is_whole(digest)
+    (store.path(digest) / RECORD_FILE).unlink()
+    assert not store.is_whole(digest)
 
 
 def test_links_are_not_registered(store: ArtifactStore, tmp_path: Path) -> None:

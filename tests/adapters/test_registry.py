@@ -1,5 +1,6 @@
 """The registry, one behaviour at a time."""
 
+import dataclasses
 import logging
 import sqlite3
 import threading
@@ -607,6 +608,20 @@ def test_a_lost_object_can_be_deleted(
     assert freed == [digest]
 
 
+def test_a_base_that_has_come_to_be_called_like_an_adapter_is_refused(
+    registry: Registry, reopen: Reopen, folders: list[Path], one_linear: BaseShape
+) -> None:
+    registry.push("bot", folders[0])
+    renamed = dataclasses.replace(one_linear, name="bot")
+
+    for _ in range(2):  # and not StoreBusy
+        with pytest.raises(ValueError, match="an adapter is named bot, as the base is"):
+            reopen(renamed)
+
+    reopen(None).delete("bot")
+    assert reopen(renamed).list() == []
+
+
 def test_a_failed_transaction_takes_its_object_and_rows_back(
     registry: Registry,
     reopen: Reopen,
@@ -652,6 +667,18 @@ def test_a_database_of_a_later_version_is_refused_and_let_go(
         reopen()
     with pytest.raises(ValueError, match="has version 9"):  # not StoreBusy
         reopen()
+
+
+def test_a_database_that_is_none_is_told_by_its_path_and_let_go(
+    registry: Registry, reopen: Reopen, tmp_path: Path
+) -> None:
+    registry.close()
+    path = tmp_path / "store" / "registry.sqlite"
+    path.write_bytes(b"no database" * 100)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"registry\.sqlite cannot be opened: file is not a d"):
+            reopen()
 
 
 def test_a_held_registry_is_busy(registry: Registry, tmp_path: Path) -> None:

@@ -234,6 +234,9 @@ class RegistryMachine(RuleBasedStateMachine):
                 assert self.registry.resolve(name).number == model.published[-1]
             else:
                 assert adapter.current is None
+        for content, digest in self.digests.items():
+            having = (name for name, m in self.names.items() if content in m.contents.values())
+            assert self.registry.names_of(digest) == tuple(sorted(having))
 
 
 TestRegistry = RegistryMachine.TestCase

@@ -150,7 +150,7 @@ def test_what_alerts_count_is_there_at_0_before_it_first_happens() -> None:
 
 
 def test_loads_and_evictions_of_all_adapters_are_counted_once_whatever_they_are_called() -> None:
-    metrics = Metrics("tiny", names=lambda: {"d": ["one", "also-one"]})
+    metrics = Metrics("tiny", names={"d": ["one", "also-one"], "nameless": []}.__getitem__)
     for digest in ("d", "nameless"):
         metrics.on_event(AdapterEvent(digest=digest, event="loaded", tier="disk"))
         metrics.on_event(AdapterEvent(digest=digest, event="failed", tier="gpu"))

@@ -26,7 +26,7 @@ NUM_RESIDENT = 32
 def busy_metrics(num_adapters: int, num_streams: int) -> Metrics:
     """Every adapter has served, failed, been loaded and evicted; the streams are under way."""
     digests = {digest_of(number): [name_of(number)] for number in range(num_adapters)}
-    metrics = Metrics("mistral-7b", names=lambda: digests)
+    metrics = Metrics("mistral-7b", names=lambda digest: digests.get(digest, ()))
     metrics.info = INFO
     serve(metrics, None, 0)
     for number, digest in enumerate(digests):

@@ -4,9 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+from rich.console import Console
 
 from adapters.store import Store
+from server.adapter_admin import RemoteAdmin
 from tests.conftest import MakeAdapter
 from tests.server.api.harness import Server, serving
 from tests.server.conftest import Turnout
@@ -178,6 +181,23 @@ def test_a_store_held_by_nobody_who_serves_is_said_to_be_held(
 def test_a_server_that_does_not_answer_is_named(refused: Turnout) -> None:
     url = "http://127.0.0.1:9"
     assert f"{url} does not answer" in refused("adapters", "list", "--url", url)
+    said = refused("adapters", "list", "--url", "http://127.0.0.1:port")
+    assert said == "turnout: --url is 'http://127.0.0.1:port': Invalid port: 'port'\n"
+
+
+def test_no_name_is_no_adapter_and_nothing_is_said_to_be_deleted(
+    refused: Turnout, way: tuple[object, ...]
+) -> None:
+    for command in ("show", "delete"):
+        assert refused("adapters", command, "", *way).startswith("turnout: ")
+
+
+def test_an_answer_that_is_none_is_not_taken_for_success() -> None:
+    redirect = httpx.MockTransport(lambda request: httpx.Response(307))
+    with httpx.Client(base_url="http://proxy", transport=redirect) as client:
+        admin = RemoteAdmin(client, Console())
+        with pytest.raises(ValueError, match="http://proxy/v1/adapters/bot answered 307"):
+            admin.delete("bot")
 
 
 def test_the_api_key_opens_a_server_that_wants_one(

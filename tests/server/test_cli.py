@@ -1,6 +1,7 @@
 """The command line: what it passes on, what it prints, how it refuses."""
 
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,19 @@ def test_an_option_with_a_bad_value_is_said_in_one_line(
     said = refused("serve", "--base", tiny_base, "--bank-rows", 7)
     assert said == "turnout: adapters.bank_rows is 7; it must be a multiple of page_rows (8)\n"
     assert "--base is" in refused("serve", "--base", tmp_path / "nowhere")
+    for option in ("--kv-gib", "--host-gib", "--merged-gib"):
+        said = refused("serve", "--base", tiny_base, option, "inf")
+        assert said == f"turnout: {option} is inf; it must be finite\n"
+
+
+def test_a_disk_that_is_full_is_said_in_one_line(
+    fake_module: FakeModule, refused: Turnout, tiny_base: Path
+) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    fake_module("server.__main__", run=run)
+    assert refused("serve", "--base", tiny_base) == "turnout: database or disk is full\n"
 
 
 def test_a_terminal_gets_an_error_whose_words_are_whole(
@@ -234,4 +248,17 @@ def test_keys_new_prints_the_key_and_keeps_only_its_hash(
     assert "holds a key named 'app' already" in refused("keys", "new", "app", "--file", file)
     said = refused("keys", "new", "x", "--file", file, "--scope", "infer,root")
     assert "infer, adapters, admin" in said
+    assert "NAME is empty" in refused("keys", "new", "", "--file", file)
     assert len(load_keys(file)) == 2
+
+
+@pytest.mark.parametrize("text", ["", "# ours", "# ours\n"])
+def test_keys_new_begins_a_line_of_its_own_in_a_file_edited_by_hand(
+    turnout: Turnout, tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text)
+    turnout("keys", "new", "one", "--file", file)
+    file.write_text(file.read_text().rstrip("\n"))
+    turnout("keys", "new", "two", "--file", file)
+    assert [key.name for key in load_keys(file)] == ["one", "two"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.__main__ import _LINES_TO_TRY, _Formatter, _say_ready
+from server.__main__ import _LINES_TO_TRY, _Formatter, _listen, _say_ready, _url
 from server.config import Config, ModelConfig, ServerConfig
 
 
@@ -53,3 +53,14 @@ def test_where_keys_are_asked_for_the_banner_says_so(keys: Path | None) -> None:
     assert "Turnout serves tiny at http://127.0.0.1:8000" in written.getvalue()
     said = "-H 'authorization: Bearer KEY', of secrets/keys" in written.getvalue()
     assert said == (keys is not None)
+
+
+@pytest.mark.parametrize(
+    ("host", "said"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")]
+)
+def test_the_address_that_is_said_is_one_to_connect_to(host: str, said: str) -> None:
+    listener = _listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    assert port
+    assert _url(host, listener) == f"http://{said}:{port}"
+    listener.close()

@@ -67,9 +67,12 @@ def serve(
     meter.finish("length")
 
 
+NAMES = {"d1": ["one"], "d2": ["two", "also-two"]}
+
+
 @pytest.fixture
 def metrics() -> Metrics:
-    made = Metrics("tiny", names=lambda: {"d1": ["one"], "d2": ["two", "also-two"]})
+    made = Metrics("tiny", names=lambda digest: NAMES.get(digest, ()))
     made.info = INFO
     return made
 

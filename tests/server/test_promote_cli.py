@@ -1,5 +1,6 @@
 """`turnout promote`, `demote` and `candidates`: through a server, and on a store nobody serves."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,6 +197,7 @@ def test_the_jobs_options_are_those_of_the_command(
     assert (request.seed, request.gate, request.device) == (7, {"max_mean_kl": 0.5}, "cuda")
     assert (request.wait_gpu_s, request.num_threads) == (9.0, 2)
     assert request.text == (str(text) if texts else None)
+    assert request.text_sha256 == (hashlib.sha256(b"text").hexdigest() if texts else None)
     assert request.rows == str(folder.path / "rows.jsonl")
     assert request.eval_rows == str(folder.path / "eval_rows.jsonl")
     assert request.rows_sha256 != request.eval_rows_sha256 is not None

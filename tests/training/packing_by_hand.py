@@ -66,7 +66,7 @@ def quantize_folder(source: Path, out: Path, group_size: int) -> None:
         if name.endswith("_proj.weight"):
             for part, tensor in gptq_tensors(weight, group_size).items():
                 weights[f"{name.removesuffix('.weight')}.{part}"] = tensor
-        else:
+        elif not name.endswith("inv_freq"):  # a buffer, which no model loads or saves
             weights[name] = weight
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(source / "config.json", out / "config.json")

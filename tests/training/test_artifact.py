@@ -1,13 +1,16 @@
 """Merge, quantize, gate: what is put in place, what never is, and that a kill costs one stage."""
 
+import contextlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapters.manifest import AdapterError
 from server.base_digest import base_digest
@@ -20,6 +23,7 @@ from training.artifact import ArtifactReport, GateFailed, Progress, make_artifac
 from training.calibration import Calibration, CalibrationOptions
 from training.gate import Figures, Thresholds, run_gate
 from training.merge import merge
+from training.quantize import claim
 from training.quantize_run import Event, WorkerFailed
 from training.render import Example
 
@@ -303,6 +307,61 @@ def test_what_is_there_is_returned_and_anything_else_is_refused(
     with pytest.raises(ValueError, match="which exists"):
         make(out=place / "other")
     assert names(place / "other") == set()
+
+
+def test_a_base_with_buffers_of_old_is_quantized_and_gated(
+    make: Make, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    old = make(base=base, base_digest=base_digest(base), allow_other_base=True)
+    new = make(out=tmp_path / "new", work=tmp_path / "work")
+    assert old.provenance["gate"] == new.provenance["gate"]
+
+
+def test_a_merge_of_an_adapter_that_was_changed_meanwhile_is_never_taken_for_its_own(
+    make: Make,
+    make_adapter: MakeAdapter,
+    adapter: Path,
+    tiny_base: Path,
+    counts: Counter[str],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    other = make_adapter(base=tiny_base, target_modules="all-linear", seed=5)
+
+    def change(progress: Progress) -> None:
+        if progress.stage == "merge":
+            shutil.copytree(other, folder, dirs_exist_ok=True)
+
+    with pytest.raises(ValueError, match="was changed while it was being merged"):
+        make(adapter=str(folder), on_progress=change)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    report = make(adapter=str(folder))
+    assert counts["merge"] == 2
+    merged = report.provenance["quantized"]["source"]["provenance"]
+    assert merged["adapter"]["digest"] == report.adapter_digest
+
+
+def test_who_comes_next_finds_a_folder_that_nobody_removes_any_more(
+    make: Make, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a finished call leaves is gone before another may begin in its place."""
+    left: list[bool] = []
+
+    @contextlib.contextmanager
+    def watched(work: Path, key: str) -> Iterator[Path]:
+        with claim(work, key) as folder:
+            yield folder
+            left.append(work.exists())
+
+    monkeypatch.setattr(artifact_module, "claim", watched)
+    make()
+    assert left == [False]
 
 
 def test_a_quantizer_that_gives_up_puts_nothing_in_place(

@@ -133,6 +133,34 @@ def test_a_mix_has_the_share_of_text_that_was_asked_for(
     assert found.report()["num_tokens"] == 1000
 
 
+def test_of_a_long_text_no_more_is_read_than_is_enough(
+    chat_base: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corpus of a gigabyte would take minutes, and the memory of all its tokens."""
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(f"{number} goes before " * 4 for number in range(200)))
+    whole = load(chat_base, text=path, num_tokens=512)
+    read: list[str] = []
+
+    def count(text: str) -> Any:
+        read.append(text)
+        return tokenizer(text)
+
+    quick = SimpleNamespace(from_pretrained=lambda folder: count)
+    monkeypatch.setattr(calibration, "AutoTokenizer", quick)
+    assert load(chat_base, text=path, num_tokens=512) == whole
+    assert len(read) == 200, "of a short one everything"
+    monkeypatch.setattr(calibration, "_TEXT_TOKENS", 1)
+    taken = []
+    for seed in (1, 1, 2):
+        read.clear()
+        assert load(chat_base, text=path, num_tokens=512, seed=seed).num_text_tokens == 512
+        last = len(tokenizer(read[-1])["input_ids"])
+        assert 0 <= len(flat(tokenizer(text)["input_ids"] for text in read)) - 1024 < last
+        taken.append(set(read))
+    assert taken[0] == taken[1] != taken[2]
+
+
 def test_text_alone_holds_some_of_itself_out(chat_base: Path, text_file: Path) -> None:
     found = load(chat_base, text=text_file)
     assert len(found.held_out) == 8

@@ -32,6 +32,27 @@ def test_a_process_that_died_holds_nothing(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_its_last_holder_removed_is_made_and_held_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, the last one removes it and a third one makes another."""
+    folder, flock = tmp_path / "folder", fcntl.flock
+    made_again = [True, False]
+
+    def late(handle: int, how: int) -> None:
+        if made_again:
+            folder.rmdir()
+            if made_again.pop(0):
+                folder.mkdir()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(folder):
+        assert not made_again, "both were noticed"
+        with pytest.raises(ValueError, match="another process is at work in"), locked(folder):
+            pass
+
+
 def test_a_file_system_without_such_locks_is_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -204,6 +204,14 @@ def test_a_file_that_does_not_hold_what_was_written_never_appears(
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def test_what_a_killed_export_left_goes_with_the_next_one(merged: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".model.gguf-exporting"
+    left.mkdir()
+    (left / "made.gguf").write_bytes(b"half")
+    export(merged, tmp_path / "model.gguf", "f16", quiet())
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "model.gguf"}
+
+
 def test_what_llama_cpp_would_run_differently_is_refused(merged: Path, tmp_path: Path) -> None:
     out, config = tmp_path / "model.gguf", json.loads((merged / "config.json").read_text())
 

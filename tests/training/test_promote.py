@@ -1,5 +1,6 @@
 """What a promotion's process does around the making: options, refusals, the GPU, its state file."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -110,6 +111,25 @@ def test_the_request_becomes_the_artifacts_options(
         "device": "cpu",
         "allow_other_base": True,
     }
+
+
+@pytest.mark.parametrize("field", ["rows", "eval_rows", "text"])
+def test_a_file_that_is_no_longer_what_was_meant_is_refused(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may wait for long, or go on after days; what it was asked for is in its record."""
+    monkeypatch.setattr(promote, "make_artifact", lambda *_, **__: a_report(tmp_path))
+    file = tmp_path / "file"
+    file.write_text("then")
+    sha256 = hashlib.sha256(b"then").hexdigest()
+    request = a_request(tmp_path, **{field: str(file), f"{field}_sha256": sha256})
+    promote.make(request, tmp_path, tmp_path, Heard())
+    file.write_text("now")
+    with pytest.raises(Refused, match="file has changed since the promotion began; promote again"):
+        promote.make(request, tmp_path, tmp_path, Heard())
+    file.unlink()
+    with pytest.raises(Refused, match="No such file"):
+        promote.make(request, tmp_path, tmp_path, Heard())
 
 
 @pytest.mark.parametrize(

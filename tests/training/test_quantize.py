@@ -30,6 +30,7 @@ class Worker:
         self.jobs: list[dict[str, Any]] = []
         self.went_on: list[bool] = []
         self.failures = 0
+        self.look: Callable[[], None] = lambda: None
 
     def __call__(
         self,
@@ -42,6 +43,7 @@ class Worker:
         kept = Path(job["checkpoints"])
         self.went_on.append(kept.exists())
         kept.mkdir(exist_ok=True)
+        self.look()
         if self.failures:
             self.failures -= 1
             raise WorkerFailed("not today")
@@ -157,6 +159,24 @@ def test_an_interrupted_run_leaves_nothing_at_its_place_and_goes_on(
     assert names(out.parent) == {"quantized"}
 
 
+def test_runs_that_are_killed_again_and_again_do_not_fill_the_disk(
+    run: Run, worker: Worker, out: Path
+) -> None:
+    """Each one of GPTQModel's leaves all that it packed, beside what the next one goes on from."""
+    worker.failures = 1
+    with pytest.raises(WorkerFailed):
+        run()
+    kept = Path(worker.jobs[0]["checkpoints"])
+    (kept / "attempt-1").mkdir()
+    (kept / "CURRENT").write_text("layer 4")
+    worker.failures = 2
+    seen: list[set[str]] = []
+    worker.look = lambda: seen.append(names(kept))
+    with pytest.raises(WorkerFailed):
+        run()
+    assert seen == [{"CURRENT"}, set()]
+
+
 def test_a_run_that_cannot_go_on_starts_over_once(run: Run, worker: Worker, out: Path) -> None:
     worker.failures = 2
     with pytest.raises(WorkerFailed):
@@ -243,6 +263,25 @@ def test_weights_that_are_not_the_models_are_never_published(
     assert not out.exists()
 
 
+def test_errors_are_in_order_whichever_thread_was_first(
+    run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"layer": layer, "linear": linear, "error": 0.5, "seconds": 0.1}
+        for layer, linear in ((1, "c"), (0, "b"), (1, "a"), (0, "a"), (0, "c"))
+    ]
+
+    def worker(*args: Any) -> list[Event]:
+        started, _, done = packing_by_hand.worker(*args)
+        return [started, {"event": "errors", "rows": rows}, done]
+
+    monkeypatch.setattr(quantize_module, "run_worker", worker)
+    assert [(each["layer"], list(each["errors"])) for each in run()["layers"]] == [
+        (0, ["a", "b", "c"]),
+        (1, ["a", "c"]),
+    ]
+
+
 def test_layers_are_told_as_they_are_done(
     worker: Worker, chat_base: Path, rows_file: Path, out: Path
 ) -> None:
@@ -286,6 +325,26 @@ def test_the_group_size_is_checked_before_anything_is_written(
         run(group_size=128)
     assert not worker.jobs
     assert not out.parent.exists()
+
+
+def test_a_model_whose_files_are_links_is_taken_as_files(
+    run: Run, worker: Worker, chat_base: Path, tmp_path: Path
+) -> None:
+    """As the hub's cache keeps them: relative links, which lead nowhere from another folder."""
+    shutil.copytree(chat_base, tmp_path / "blobs")
+    (tmp_path / "snapshot").mkdir()
+    for path in chat_base.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(Path("..") / "blobs" / path.name)
+    seen: list[bool] = []
+
+    def look() -> None:
+        source = Path(worker.jobs[-1]["model"])
+        seen.extend(path.is_file() and not path.is_symlink() for path in source.iterdir())
+
+    worker.look = look
+    run(model=tmp_path / "snapshot")
+    assert seen
+    assert all(seen)
 
 
 def test_a_file_system_without_links_gets_copies(

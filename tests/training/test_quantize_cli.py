@@ -129,6 +129,8 @@ def test_an_adapter_is_written_as_gguf(
         (["--format=awq", "--model=m", "--desc-act"], "--desc-act does nothing"),
         (["--adapter=a", "--desc-act"], "--desc-act does nothing"),
         (["--model=m", "--backend=auto-gptq"], "--backend gptqmodel"),
+        (["--model=m", "--rows=r", "--text-share=0.3"], "without both --rows and --text"),
+        (["--model=m", "--text=t", "--text-share=0.3"], "without both --rows and --text"),
     ],
 )
 def test_what_does_not_apply_is_refused(

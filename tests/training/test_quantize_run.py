@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from adapters.promotions import JobFolder
 from training import quantize_run
 from training.quantize_run import Event, WorkerFailed, choose_backend, find_python, run_worker
 
@@ -32,7 +33,7 @@ class Model:
         kept = options["checkpoint"]
         self.said = [self.parts[0], self.parts[1].fields, self.parts[2], samples,
                      kept.path, kept.interval]
-        for layer in range(2):
+        for layer in (0, 2, 1):  # threads tell of them
             self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=False)
             self.layer_callback.layer_complete(layer_idx=layer, submodule_finalized=True)
         row = {"layer": 1, "module": "mlp.up_proj", "loss": "0.25", "time": "1.5"}
@@ -84,7 +85,7 @@ def test_the_worker_drives_gptqmodel_and_tells_of_it(
         "model": "source",
         "out": str(tmp_path / "made"),
         "checkpoints": "kept",
-        "num_layers": 2,
+        "num_layers": 3,
         "group_size": 64,
         "desc_act": False,
         "device": device,
@@ -96,7 +97,7 @@ def test_the_worker_drives_gptqmodel_and_tells_of_it(
 
     assert [event["event"] for event in events] == ["started", "layer", "layer", "errors", "done"]
     assert events[0]["versions"]["torch"]
-    assert [(event["done"], event["of"]) for event in events[1:3]] == [(1, 2), (2, 2)]
+    assert [(event["done"], event["of"]) for event in events[1:3]] == [(1, 3), (3, 3)]
     assert events[3]["rows"] == [
         {"layer": 1, "linear": "mlp.up_proj", "error": 0.25, "seconds": 1.5},
         {"layer": 0, "linear": "mlp.up_proj", "error": None, "seconds": 0.0},
@@ -167,6 +168,25 @@ def test_the_worker_ends_when_who_began_it_is_killed(tmp_path: Path) -> None:
     pid = int((tmp_path / "pid").read_text())
     while is_alive(pid):  # the test's own time limit bounds it
         time.sleep(0.02)
+
+
+def test_the_worker_keeps_a_promotions_lock_as_long_as_it_lives(
+    worker: Path, tmp_path: Path
+) -> None:
+    """Or a promotion that was cancelled would begin anew in a folder that is still written to."""
+    worker.write_text(
+        "import fcntl, json, pathlib, sys\n"
+        "job = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
+        "fcntl.flock(job['lock'], fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        """print('{"event": "done"}')"""
+    )
+    folder = JobFolder(tmp_path)
+    lock = folder.take_lock()
+    assert lock is not None
+    os.set_inheritable(lock, True)  # as a job's process has it
+    run(tmp_path, {"lock": lock})
+    os.close(lock)
+    assert not folder.is_running()
 
 
 def is_alive(pid: int) -> bool:

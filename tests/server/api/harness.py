@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from adapters.manifest import BaseShape
 from adapters.registry import Registry
 from server.api.app import create_app
-from server.api.residency import EngineDropper, digest_names
+from server.api.protocol import BoundedHead
+from server.api.residency import EngineDropper
 from server.api.services import Services
 from server.api.tokenizer import TextCodec
 from server.api.weight_sets import MergedPath
@@ -142,7 +143,10 @@ class FakeStream:
         now = time.monotonic()
         tier = None if self._request.adapter is None else self._engine.tier
         return FirstToken(
-            scheduled_time=now - 0.001, first_token_time=now, num_cached_tokens=3, tier=tier
+            scheduled_time=now - 0.001,
+            first_token_time=now,
+            num_cached_tokens=self._engine.num_cached.pop(0) if self._engine.num_cached else 3,
+            tier=tier,
         )
 
 
@@ -182,6 +186,7 @@ class FakeEngine:
         self.num_restarts = 0
         self.tier: Any = "host"
         self.logprob = -0.5
+        self.num_cached: list[int] = []  # of the next first tokens; then 3
         self.scripts: list[Script] = []
         self.requests: list[AddRequest] = []
         self.aborted: list[str] = []
@@ -310,14 +315,14 @@ def serving(
     dropper = EngineDropper(engine)
     base = BaseShape.from_config(base_folder, BASE, "b" * 64)
     registry = Registry.open(store, base, on_free=dropper)
-    metrics = Metrics(BASE, names=lambda: digest_names(registry))
+    metrics = Metrics(BASE, names=registry.names_of)
     app = create_app(
         config, engine, registry, codec, metrics, dropper=dropper, merged=merged, jobs=jobs
     )
     started = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
     options = uvicorn.Config(
-        app, port=0, log_level="error", http="httptools", timeout_graceful_shutdown=1
+        app, port=0, log_level="error", http=BoundedHead, timeout_graceful_shutdown=1
     )
     uvicorn_server = uvicorn.Server(options)
 

@@ -136,6 +136,14 @@ def test_a_path_out_of_the_allowed_roots_is_refused(
         assert "never a URL" in load(server, url).json()["error"]["message"]
 
 
+def test_a_path_that_no_file_system_could_follow_is_not_found(server: Server) -> None:
+    circle = server.services.config.adapters.allowed_roots[0] / "circle"
+    circle.symlink_to(circle)
+    for path in ("a" * 300, "a/" * 2000, "circle"):
+        reply = load(server, path)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (404, "lora_path")
+
+
 def test_without_allowed_roots_no_path_is_taken(
     tiny_base: Path, tmp_path: Path, folder: Path
 ) -> None:
@@ -167,6 +175,19 @@ def test_unpublished_and_preloaded_are_as_asked(server: Server, folder: Path) ->
     assert [pinned for _, pinned in server.engine.loaded] == [False]
     assert chat(server).status_code == 404
     assert chat(server, f"{NAME}@1").status_code == 200
+
+
+def test_what_cannot_be_preloaded_now_is_not_registered_either(
+    server: Server, folder: Path
+) -> None:
+    server.engine.is_ready = False
+    assert upload(server, folder, preload="true").status_code == 503
+    assert server.registry.list() == []
+
+
+def test_an_adapter_may_be_named_true(server: Server, folder: Path) -> None:
+    assert upload(server, folder, "true").json()["current"]["id"] == "true@1"
+    assert upload(server, folder, publish="yes").json()["error"]["param"] == "publish"
 
 
 def test_a_form_field_that_is_unknown_is_refused_by_name(server: Server, folder: Path) -> None:
@@ -234,6 +255,18 @@ def test_a_pin_loads_and_holds_and_follows_what_is_published(
     assert server.engine.unpinned == [first, second]
 
 
+def test_a_pin_from_before_anything_was_published_loads_what_is_published(
+    server: Server, folder: Path
+) -> None:
+    upload(server, folder, publish="false")
+    assert server.http().post(f"/v1/adapters/{NAME}/pin").json()["pinned"] is True
+    assert server.engine.loaded == []
+    server.http().post(f"/v1/adapters/{NAME}/publish", json={"revision": 1})
+    digest = server.registry.resolve(NAME).digest
+    assert [(a.digest, pinned) for a, pinned in server.engine.loaded] == [(digest, True)]
+    assert server.engine.unpinned == []
+
+
 def test_content_that_two_names_pin_stays_until_both_let_go(server: Server, folder: Path) -> None:
     http = server.http()
     for name in ("one", "two"):
@@ -285,12 +318,13 @@ def test_pins_are_restored_in_an_engine_that_has_started_anew(server: Server, fo
     assert server.engine.loaded[0] == server.engine.loaded[1]
 
 
-@pytest.mark.parametrize("how", ["publish", "restart"])
+@pytest.mark.parametrize("how", ["pin", "publish", "restart"])
 def test_a_pin_that_is_taken_back_while_it_is_made_does_not_stay(
     server: Server, folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     upload(server, folder)
-    server.http().post(f"/v1/adapters/{NAME}/pin")
+    if how != "pin":
+        server.http().post(f"/v1/adapters/{NAME}/pin")
     load_adapter = server.engine.load_adapter
 
     async def load(adapter: AdapterRef, *, pinned: bool = False) -> AdapterEvent:
@@ -298,7 +332,9 @@ def test_a_pin_that_is_taken_back_while_it_is_made_does_not_stay(
         return await load_adapter(adapter, pinned=pinned)
 
     monkeypatch.setattr(server.engine, "load_adapter", load)
-    if how == "publish":
+    if how == "pin":
+        server.http().post(f"/v1/adapters/{NAME}/pin")
+    elif how == "publish":
         upload(server, other)
     else:
         server.engine.num_restarts += 1
@@ -599,3 +635,18 @@ def test_rope_scaling_lengthens_what_its_adapter_takes_and_nobody_else(
     assert lengths == {BASE: longest, "plain": longest, NAME: 2 * longest - 5}
     counted = server.http().post("/tokenize", json={"model": NAME, "prompt": "a"}).json()
     assert counted["max_model_len"] == 2 * longest - 5
+
+
+def test_a_lost_object_is_said_to_be_lost_and_a_push_brings_it_back(
+    tiny_base: Path, tmp_path: Path, folder: Path
+) -> None:
+    with serving(tiny_base, tmp_path / "store") as server:
+        upload(server, folder)
+    (lost,) = (tmp_path / "store" / "objects").iterdir()
+    lost.unlink()
+    with serving(tiny_base, tmp_path / "store") as server:
+        reply = chat(server)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "adapter_load_failed")
+        assert f"lost {NAME}@1; push it again" in reply.json()["error"]["message"]
+        upload(server, folder)
+        assert chat(server).headers["x-adapter-id"] == f"{NAME}@1"

@@ -45,6 +45,7 @@ def test_an_unknown_model_is_not_found_and_the_base_does_not_answer(server: Serv
     ("method", "path", "status"),
     [
         ("GET", "/v1/nothing", 404),
+        ("DELETE", "/v1/adapters/", 404),  # and no redirect
         ("GET", "/v1/chat/completions", 405),
         ("POST", "/health", 405),
         ("POST", "/v1/adapters/x/train", 404),

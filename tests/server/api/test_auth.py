@@ -41,6 +41,8 @@ def test_a_keys_file_is_read_back_with_comments_and_blank_lines(tmp_path: Path) 
         "{", "[]", '{"name": "a"}',
         '{"name": "", "sha256": "%s", "scopes": ["infer"]}' % ("0" * 64),
         '{"name": "a", "sha256": "00", "scopes": ["infer"]}',
+        '{"name": "a", "sha256": "%s", "scopes": ["infer"]}' % ("A" * 64),
+        '{"name": "a", "sha256": "%s", "scopes": ["infer"]}' % ("\u00e9" * 64),
         '{"name": "a", "sha256": "%s", "scopes": []}' % ("0" * 64),
         '{"name": "a", "sha256": "%s", "scopes": ["root"]}' % ("0" * 64),
         '{"name": "a", "sha256": "%s", "scopes": 5}' % ("0" * 64),

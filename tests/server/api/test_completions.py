@@ -46,6 +46,12 @@ def test_choices_of_several_prompts_come_in_the_order_of_the_prompts(server: Ser
     assert reply.usage.prompt_tokens == len(fox) + len(dog)
 
 
+def test_what_one_choice_finds_of_another_is_not_told_as_cached(server: Server) -> None:
+    server.engine.num_cached = [2, 1, 2, 0]
+    usage = server.client().completions.create(model=BASE, prompt=["a fox", "a dog"], n=2).usage
+    assert usage.prompt_tokens_details.cached_tokens == 1
+
+
 @pytest.mark.parametrize("prompt", ["", [], [[]], [1, "a"], [1, -1], [1, 512], [True], {"a": 1}])
 def test_a_prompt_that_is_none_is_refused_by_name(server: Server, prompt: object) -> None:
     reply = server.http().post("/v1/completions", json={"model": BASE, "prompt": prompt})

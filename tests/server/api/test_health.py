@@ -3,6 +3,7 @@
 import threading
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -103,6 +104,24 @@ def test_a_deleted_adapter_leaves_the_scrape(server: Server, make_adapter: MakeA
     server.http().post("/v1/chat/completions", json=CHAT | {"model": "bot"})
     assert any("bot" in name for name in samples(server))
     server.http().delete("/v1/adapters/bot")
+    assert not any("bot" in name for name in samples(server))
+
+
+def test_a_request_that_was_being_tokenized_meanwhile_does_not_bring_it_back(
+    server: Server, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.registry.push("bot", make_adapter())
+    encode_chat = server.services.codec.encode_chat
+
+    def encode(*args: Any, **options: Any) -> list[int]:
+        threading.Thread(target=lambda: server.registry.delete("bot")).start()
+        wait_until(lambda: server.registry.list() == [])
+        server.metrics.forget_adapter("bot")
+        return encode_chat(*args, **options)
+
+    monkeypatch.setattr(server.services.codec, "encode_chat", encode)
+    reply = server.http().post("/v1/chat/completions", json=CHAT | {"model": "bot"})
+    assert reply.headers["x-adapter-id"] == "bot@1"
     assert not any("bot" in name for name in samples(server))
 
 

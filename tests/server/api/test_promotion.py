@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
 
+from adapters.artifacts import ArtifactStore
 from adapters.manifest import AdapterNotFound
 from server.config import PromotionConfig
 from server.engine.messages import EngineStats
@@ -253,6 +256,37 @@ def test_demote_deletes_the_artifact_and_keep_leaves_it_unserved_for_good(
         assert card(server)["artifact"] is None
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_who_demotes_before_the_end_was_looked_at_has_the_last_word(
+    open_server: Open, adapter: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """Say a script that waits for the job's last state, and then demotes."""
+    monkeypatch.setattr("server.api.promoter._LOOK_S", 3600.0)
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        post(server, "bot/promote", ROWS, 202)
+        wait_until(lambda: card(server)["job"]["finished"] is not None)
+        post(server, "bot/demote", {"keep": keep}, 200)
+        for _ in range(2):
+            look(server)
+        assert card(server)["path"] == "adapter"
+        assert len(server.registry.artifacts.every()) == keep
+        assert server.services.metrics.promotions["done"] == 1
+
+
+def test_a_promotion_that_follows_at_once_is_counted_apart(
+    open_server: Open, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.promoter._LOOK_S", 3600.0)
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        for seed in (1, 2):
+            post(server, "bot/promote", {**ROWS, "seed": seed}, 202)
+            wait_until(lambda: card(server)["job"]["finished"] is not None)
+        look(server)
+        assert server.services.metrics.promotions["done"] == 2
+
+
 def test_a_model_whose_streams_go_on_keeps_nobody_waiting(
     open_server: Open, merged: FakeMerged, adapter: Path, make_adapter: MakeAdapter
 ) -> None:
@@ -361,6 +395,21 @@ def test_a_restarted_server_loads_what_is_promoted_and_what_is_published(
         assert server.registry.artifacts.every() == []
 
 
+def test_a_look_asks_once_for_the_artifacts_however_many_names_there_are(
+    open_server: Open, adapter: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right after a change each question reads every record, and all streams would wait."""
+    with open_server() as server:
+        for name, seed in (("bot", 1), ("cat", 2), ("dog", 3)):
+            server.registry.push(name, make_adapter(r=2, seed=seed))
+        post(server, "bot/promote", ROWS, 202)
+        wait_ended(server)
+        every = mock.Mock(wraps=server.registry.artifacts.every)
+        monkeypatch.setattr(server.registry.artifacts, "every", every)
+        server.run(server.services.promoter._sets.reconcile())
+        every.assert_called_once_with()
+
+
 def test_a_full_disk_ends_no_looking(
     open_server: Open, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +469,42 @@ def test_an_artifact_that_an_engine_died_of_is_not_the_next_one_s_end_too(
         assert card(server)["message"] == "The engine process ended."
         monkeypatch.setattr("server.api.weight_sets._RETRY_S", 0.0)
         settle(server, lambda: card(server)["path"] == "merged")
+
+
+@pytest.mark.parametrize("trouble", [OSError(5, "Input/output error"), None])
+def test_an_artifact_that_cannot_be_read_keeps_no_other_one_from_being_served(
+    open_server: Open,
+    merged: FakeMerged,
+    adapter: Path,
+    make_adapter: MakeAdapter,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: OSError | None,
+) -> None:
+    with open_server() as server:
+        bad = server.registry.push("bot", adapter).digest
+        server.registry.push("other", make_adapter(r=2, seed=5))
+        for name in ("bot", "other"):
+            post(server, f"{name}/promote", ROWS, 202)
+            wait_ended(server, name)
+        store = server.registry.artifacts
+        found = store.find(bad)
+        assert found is not None
+    if trouble is None:
+        (store.path(found.digest) / "link").symlink_to("elsewhere")
+    else:
+        is_whole = ArtifactStore.is_whole
+
+        def fail(self: ArtifactStore, digest: str) -> bool:
+            if digest == found.digest:
+                raise trouble
+            return is_whole(self, digest)
+
+        monkeypatch.setattr(ArtifactStore, "is_whole", fail)
+    merged.routes.clear()
+    with open_server() as server:
+        settle(server, lambda: card(server, "other")["path"] == "merged")
+        said = card(server)["message"]
+        assert said == "its files are damaged; promote it again" or "Input/output error" in said
 
 
 def test_a_damaged_artifact_is_not_served(
@@ -571,6 +656,18 @@ def test_rows_may_be_files_beneath_an_allowed_root(
         assert artifact.settings["asked"]["rows_sha256"]
 
 
+def test_a_text_that_says_something_else_now_is_another_one(
+    open_server: Open, adapter: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "allowed" / "text.txt"
+    with open_server() as server:
+        server.registry.push("bot", adapter)
+        for content, is_new in (("one", True), ("one", False), ("two", True)):
+            text.write_text(content)
+            post(server, "bot/promote", {"text": "text.txt"}, 202 if is_new else 200)
+            wait_ended(server)
+
+
 def test_candidates_are_those_who_served_with_what_a_merge_would_give(
     open_server: Open, adapter: Path, make_adapter: MakeAdapter
 ) -> None:
@@ -620,7 +717,10 @@ def policy_server(
     rows.mkdir()
     for name in ("busy", "rising"):
         (rows / f"{name}.jsonl").write_text(ROWS["rows_jsonl"])
-    promotion = PromotionConfig(policy="auto", min_tokens=1000, cool_down_s=60, rows=rows)
+    (text := rows / "text.txt").write_text("text")
+    promotion = PromotionConfig(
+        policy="auto", min_tokens=1000, cool_down_s=60, rows=rows, text=text
+    )
     jobs = stub_jobs(store, monkeypatch)
     with serving(tiny_base, store, promotion=promotion, merged=merged, jobs=jobs) as server:
         yield server
@@ -649,6 +749,10 @@ def test_the_policy_promotes_the_popular_and_demotes_it_for_one_more_popular(
     assert act(server) is None  # one at a time
     wait_ended(server, "busy")
     assert card(server, "busy")["path"] == "merged"
+    (artifact,) = server.registry.artifacts.every()
+    asked = artifact.settings["asked"]
+    assert asked["rows_sha256"] == hashlib.sha256(ROWS["rows_jsonl"].encode()).hexdigest()
+    assert asked["text_sha256"] == hashlib.sha256(b"text").hexdigest()
     server.registry.add_usage({rising: 10_000_000_000})
     assert act(server) is None  # not so soon
     assert act(server, after_s=100) == Demote(busy)

@@ -200,6 +200,15 @@ def test_without_a_template_there_is_no_chat() -> None:
         "{{ messages[0]['content'] + 5 }}",
         "{{ nothing.at.all }}",
         "{% for %}",
+        "{{ 1 / 0 }}",
+        "{{ range(1000000) }}",
+        "{{ messages[0]['content'].index('z') }}",
+        "{{ '%(a)s' % {} }}",
+        "{{ ''|xmlattr }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a' * 2**62 }}",
+        "{% break %}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_a_refusal(template: str) -> None:

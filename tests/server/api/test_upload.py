@@ -30,6 +30,7 @@ CONFIG = part("a", b"{}", "adapter_config.json")
         (part("a", b"x", "../adapter_config.json") + END, "adapter_config.json"),
         (part("a", b"x", "/etc/passwd") + END, "passwd"),
         (CONFIG + CONFIG + END, "twice"),
+        (part("name", b"a") + part("name", b"b") + CONFIG + END, "'name' twice"),
         (part("name", b"x" * 5000) + END, "longer than 4096"),
         (b"".join(part(f"f{i}", b"x") for i in range(20)) + END, "more than 16 parts"),
         (part("name", b"bot") + CONFIG + END, "lacks adapter_model.safetensors"),

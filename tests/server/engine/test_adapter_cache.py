@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -436,6 +437,19 @@ def test_an_error_of_our_own_making_is_not_taken_for_a_bad_adapter() -> None:
 
     with pytest.raises(RuntimeError, match="CUDA error"):
         setup.cache.poll()
+
+
+def test_device_memory_that_runs_out_fails_one_load_and_the_next_may_have_it() -> None:
+    setup = Setup()
+    setup.bank.damaged["m"] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+    setup.cache.acquire(MIDDLE)
+    setup.settle()
+
+    [(digest, message)] = setup.cache.take_failures().items()
+    assert digest == "m"
+    assert message.startswith("no device memory for adapter m: CUDA out of memory")
+    del setup.bank.damaged["m"]
+    setup.load(MIDDLE)
 
 
 def test_an_evicted_adapter_leaves_the_bank_for_host_memory_unless_it_is_leased() -> None:

@@ -1,5 +1,6 @@
 """What cannot be read fails its own requests, by name, and costs nobody else anything."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,17 @@ def test_an_object_that_is_not_whole_is_said_by_its_digest(
     assert f"adapter object {adapter.digest} {said}" in error
 
 
+def test_a_rank_above_what_this_server_takes_is_said_and_fails_nobody_else(
+    make_harness: MakeHarness, make_adapter: MakeAdapter
+) -> None:
+    """It was registered when higher ranks were served; the GPU's buffers have no place for it."""
+    harness = make_harness(adapters={"max_rank": 8})
+    said = r"has rank 9; this server takes 8 \(serve --max-rank\)"
+    assert re.search(said, failure(harness, harness.push(make_adapter(r=9))))
+    highest = harness.push(make_adapter(r=8, use_dora=True))  # and a row for its gain
+    assert len(harness.generate(PROMPT, highest)) == 64
+
+
 @pytest.mark.parametrize("lack", [MemoryError(), RuntimeError("can't allocate memory")])
 def test_a_lack_of_host_memory_fails_one_load_and_the_next_may_have_it(
     harness: Harness,
@@ -140,7 +152,7 @@ def test_every_number_is_rounded_once_and_zero_where_the_adapter_has_none(
     adapter = harness.push(folder)
     spec = read_spec(harness.config.model.path)
     base: Any = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=dtype)
-    loader = AdapterLoader(harness.config.adapters.store / "objects", base, dtype)
+    loader = AdapterLoader(harness.config.adapters.store / "objects", base, dtype, max_rank=8)
     packed = loader.read(adapter)
     assert packed.num_rows == settings["r"]
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -22,7 +22,7 @@ from adapters.manifest import BaseShape, Limits
 from adapters.registry import Registry
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, ServerConfig
 from server.engine.client import EngineClient, EngineStartError
-from server.engine.messages import AdapterEvent, AddRequest, RequestOutput
+from server.engine.messages import AdapterEvent, AddRequest, EngineStats, RequestOutput
 from server.engine.request import AdapterRef, SamplingParams
 from server.engine.wire import encode_config
 from server.errors import ServeError
@@ -125,6 +125,7 @@ async def test_killing_the_engine_fails_every_stream_within_two_seconds_and_it_c
         streams = [client.submit(request(f"r{i}")) for i in range(3)]
         for stream in streams:
             await anext(stream)
+        assert client.stats.num_running > 0
         first_pid = client.pid
         assert first_pid is not None
         os.kill(first_pid, signal.SIGKILL)
@@ -134,6 +135,7 @@ async def test_killing_the_engine_fails_every_stream_within_two_seconds_and_it_c
                 [output async for output in stream]
             assert failure.value.status == 503
         assert time.monotonic() - killed < 2
+        assert client.stats == EngineStats(num_free_blocks=client.info.num_blocks)
         with pytest.raises(ServeError, match="not running"):
             client.submit(request("too early"))
 

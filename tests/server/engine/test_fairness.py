@@ -201,3 +201,19 @@ def test_while_two_adapters_wait_neither_gets_more_than_one_request_ahead(
             assert abs(queue.served("a") - queue.served("b")) <= 50
         queue.admit(request, now=0.0)
         queue.charge(request.fairness_key, sizes[request.request_id], is_decode=False)
+
+
+def test_each_adapters_turn_is_worked_out_once_however_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = filled(*(make_request(f"adapter-{index}") for index in range(100)))
+    asked: list[str] = []
+    turn = FairQueue._turn
+
+    def counted(self: FairQueue, request: Request) -> tuple[float, float]:
+        asked.append(request.fairness_key)
+        return turn(self, request)
+
+    monkeypatch.setattr(FairQueue, "_turn", counted)
+    assert len(list(queue.candidates())) == 100
+    assert len(asked) == 100

@@ -92,6 +92,16 @@ def test_prompt_logprobs_agree_with_the_oracle_in_chunks_too(
     assert disagreements(oracle, neighbour, None) == []
 
 
+def test_a_step_of_any_length_has_room_for_the_logits_of_all_its_tokens(
+    make_harness: MakeHarness,
+) -> None:
+    harness = make_harness(quantization="nf4", scheduler={"max_step_tokens": 70, "max_running": 8})
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    request = harness.add([5] * 70, None, sampling)
+    harness.run()
+    assert len(request.prompt_logprobs) == 69
+
+
 def test_nothing_of_a_longer_step_is_left_in_a_shorter_one(
     make_harness: MakeHarness, kinds: dict[str, Path], oracle: Oracle
 ) -> None:

@@ -315,6 +315,18 @@ def test_a_second_request_reuses_the_blocks_of_a_common_prefix() -> None:
     assert (simulation.scheduler.prefix_queries, simulation.scheduler.prefix_hits) == (22, 8)
 
 
+def test_what_a_preempted_request_finds_of_its_own_counts_as_no_hit() -> None:
+    simulation = Simulation(num_blocks=6, block_size=4)
+    simulation.add([1, 2, 3, 4, 5, 6, 7], max_tokens=12)
+    simulation.add([7, 6, 5, 4, 3, 2, 1], max_tokens=12)
+
+    simulation.run()
+
+    scheduler = simulation.scheduler
+    assert scheduler.num_preemptions > 0
+    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (14, 0)
+
+
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     simulation = Simulation(block_size=4)
     simulation.add(range(8), max_tokens=1)
@@ -579,11 +591,12 @@ def test_an_overdue_request_waits_where_nobody_has_had_a_turn() -> None:
     assert simulation.scheduler.running == [fresh]
 
 
-def test_nobody_gives_way_before_its_prompt_is_computed() -> None:
+@pytest.mark.parametrize("length", [40, 41])  # the last step computes a full chunk, or one token
+def test_nobody_gives_way_before_its_prompt_is_computed(length: int) -> None:
     """A prompt that takes longer than a turn would otherwise never come to its end."""
     simulation = Simulation(max_running=1, max_step_tokens=4, max_wait_s=5.0)
     simulation.load(ALSO_ONE)
-    long = simulation.add(range(40), max_tokens=5)
+    long = simulation.add(range(length), max_tokens=5)
     simulation.step()
     simulation.add([1], ALSO_ONE, max_tokens=5)
 

@@ -148,6 +148,20 @@ class TestStep:
             step.fill([0], [[0]] * (MAX_ADAPTERS + 1), [NO_GAIN] * (MAX_ADAPTERS + 1))
 
 
+@pytest.mark.parametrize(
+    ("shared_kib", "highest"),
+    [(99, 383), (163, 639), (227, 895)],  # sm_89, sm_80, sm_90
+)
+def test_ranks_that_a_block_cannot_hold_are_refused(shared_kib: int, highest: int) -> None:
+    assert lora_launch.pages_of_rank(highest, shared_kib * 1024) == (highest + 1) // PAGE_ROWS
+    with pytest.raises(ValueError, match=rf"max_rank is {highest + 1}, which takes .*--max-rank"):
+        lora_launch.pages_of_rank(highest + 1, shared_kib * 1024)
+
+
+def test_an_adapters_pages_hold_its_rank_and_a_gain() -> None:
+    assert [lora_launch.pages_of_rank(rank, None) for rank in (1, 7, 8, 1024)] == [1, 1, 2, 129]
+
+
 def test_the_reference_is_the_formula_of_lora() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(16, 2, 24, generator=generator, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """NF4 and int4 linears: the repacking and the split on any machine, the kernels on a GPU."""
 
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -256,6 +257,24 @@ class TestWithoutGpu:
         monkeypatch.setattr(nvrtc, "_nvrtc_version", lambda: (13, 1))
         assert nvrtc.compiled("a", "sm_90") == b"cubin 5"
         assert len(list((tmp_path / "turnout" / "kernels").iterdir())) == 5
+
+    def test_a_cubin_is_on_the_disk_before_it_has_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        steps: list[object] = []
+        replace = Path.replace
+
+        def named(path: Path, target: Path) -> Path:
+            steps.append("named")
+            return replace(path, target)
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(nvrtc, "_compile", lambda source, arguments: b"cubin")
+        monkeypatch.setattr(nvrtc, "_nvrtc_version", lambda: (13, 0))
+        monkeypatch.setattr(os, "fsync", lambda handle: steps.append(os.fstat(handle).st_size))
+        monkeypatch.setattr(Path, "replace", named)
+        nvrtc.compiled("a", "sm_90")
+        assert steps == [len(b"cubin"), "named"]
 
     @pytest.mark.skipif(not nvrtc.is_available(), reason="needs NVRTC")
     def test_what_does_not_compile_says_why(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.model.adapter_bank import AdapterBank, PackedAdapter
+from server.model.adapter_bank import AdapterBank, PackedAdapter, bank_row_bytes
 from server.model.spec import FUSED, ModelSpec, read_spec
 
 CPU = torch.device("cpu")
@@ -54,3 +54,27 @@ def test_an_adapter_takes_its_own_rows_and_leaves_nothing_in_the_rest_of_them(
             else:
                 assert not lora_a[:, rows].any()
                 assert not lora_b[rows].any()
+
+
+def test_pinned_memory_counts_as_torch_takes_it(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next power of two (torch.cuda.memory.host_memory_stats), or what it is."""
+    adapter = packed(spec, 5, {"o"})
+    num_a, num_b = 2 * 5 * 64 * 4, 2 * 64 * 5 * 4
+    assert adapter.num_bytes == num_a + num_b == 5120
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    assert adapter.num_bytes == 4096 + 4096
+    assert packed(spec, 4, {"o"}).num_bytes == 2048 + 2048
+
+
+def test_copies_for_steps_are_kept_for_the_next_one_and_never_outgrow_the_bank(
+    spec: ModelSpec,
+) -> None:
+    bank = AdapterBank(spec, 512, torch.float32, CPU)
+    for first in range(0, 512, 16):
+        rows = slice(first, first + 16)
+        for key in bank.lora_a:
+            assert bank.rows(key, rows) is bank.rows(key, rows)
+    kept = [tensor for found in bank._kept.values() for a, b, _ in found for tensor in (a, b)]
+    assert 0 < sum(tensor.nbytes for tensor in kept) < 512 * bank_row_bytes(spec, torch.float32) / 2

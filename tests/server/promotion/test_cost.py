@@ -152,6 +152,35 @@ def test_the_bases_tokens_are_rows_too() -> None:
     assert beside.saved_s < alone.saved_s
 
 
+def test_who_served_nothing_saves_exactly_nothing_among_any_number_of_others() -> None:
+    """A gain of the last bit would be a reason to promote it."""
+    for num in range(1, 40):
+        everyone = [
+            Served(digest=str(n), revision=str(n), tokens=n, recent_tokens=1 / (n + 1))
+            for n in range(num)
+        ]
+        idle = Served(digest="idle", revision="idle", tokens=0, recent_tokens=0.0)
+        for promoted in ({"0"}, {"0", "idle"}):
+            found = candidates([idle, *everyone], 0.3, promoted, 8, TIMES, 1)
+            assert {each.saved_s for each in found if each.served is idle} == {0.0}
+
+
+def test_each_candidate_costs_one_estimate_and_what_is_promoted_one_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a thousand adapters each one is the time of a thousand powers for each row."""
+    asked: list[set[str]] = []
+
+    def count(*args: Any) -> float:
+        asked.append(set(args[3]))
+        return 1.0
+
+    monkeypatch.setattr("server.promotion.candidates.seconds_per_token", count)
+    served = [Served(digest=d, revision=d, tokens=1, recent_tokens=1.0) for d in "abc"]
+    candidates(served, 0.0, {"b"}, 4, TIMES, 1)
+    assert sorted(map(sorted, asked)) == [[], ["a", "b"], ["b"], ["b", "c"]]
+
+
 def test_nobody_served_is_nobodys_gain() -> None:
     served = Served(digest="a", revision="a@1", tokens=0, recent_tokens=0.0)
     (found,) = candidates([served], 0.0, (), 4, TIMES, 1)

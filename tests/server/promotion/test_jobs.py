@@ -292,6 +292,29 @@ def test_a_job_killed_beside_the_server_is_failed_with_the_signals_name(
     assert not (promotions_folder(tmp_path) / ADAPTER / "work").exists()
 
 
+@pytest.mark.parametrize("is_new_server", [False, True])
+def test_a_job_killed_before_it_could_say_what_it_registered_is_done(
+    open_jobs: Open, tmp_path: Path, is_new_server: bool
+) -> None:
+    """What is registered is served, so nobody may be told that nothing was."""
+    jobs = open_jobs()
+    jobs.start(a_request(tmp_path))
+    state = ended(jobs)
+    folder = JobFolder.of(tmp_path, ADAPTER)
+    wait_for(lambda: not folder.is_running())
+    before = msgspec.structs.replace(
+        state, status="running", fraction=0.98, finished=None, result={}, attempt=MAX_ATTEMPTS
+    )
+    folder.write_state(before)
+    if is_new_server:
+        jobs = open_jobs()
+        jobs.recover()
+    found = jobs.state(ADAPTER)
+    assert found is not None
+    assert (found.result, found.fraction, found.message) == (state.result, 1.0, "")
+    check_done(tmp_path)
+
+
 def test_a_job_that_cannot_start_is_failed_with_the_last_line_of_its_log(tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, (sys.executable, "-c", "raise SystemError('no such luck')"))
     jobs.start(a_request(tmp_path))
@@ -389,7 +412,12 @@ def test_a_state_is_said_in_a_few_words() -> None:
 def test_settings_are_what_changes_the_artifact() -> None:
     request = a_request(Path("/store"))
     assert request.settings == a_request(Path("/store"), device="cuda", num_threads=4).settings
-    changed: dict[str, Any] = {"seed": 1, "gate": {"x": 1.0}, "text": "t", "rows_sha256": "r"}
+    changed: dict[str, Any] = {
+        "seed": 1,
+        "gate": {"x": 1.0},
+        "text_sha256": "t",
+        "rows_sha256": "r",
+    }
     for name, value in changed.items():
         other = msgspec.structs.replace(request, **{name: value})
         assert isinstance(other, PromotionRequest)
