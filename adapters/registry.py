@@ -27,6 +27,7 @@ from adapters.manifest import (
     Limits,
     show,
 )
+from adapters.promotions import JobFolder
 from adapters.rope import scaling_of
 from adapters.rows import Rows
 from adapters.store import StagedObject, Store
@@ -404,6 +405,9 @@ class Registry:
             return False
         self._store.remove(digest)
         self.artifacts.remove_of(digest)
+        promotion = JobFolder.of(self.root, digest)
+        if not promotion.is_running():  # else it goes with the job, which its starter ends
+            promotion.delete()
         self._lost.discard(digest)
         self._on_free(digest)
         return True

@@ -206,14 +206,12 @@ class Promoter:
         """Take in the jobs that have ended since the last look."""
         running = set(await asyncio.to_thread(self._jobs.running))
         named = self._named() if running or self._running else set()
-        for digest in running - named:
+        for digest in (running | self._running) - named:  # their adapters were deleted
             await asyncio.to_thread(self._jobs.forget, digest)
             await asyncio.to_thread(self._registry.artifacts.remove_of, digest)
-        for digest in self._running - running:
+        for digest in (self._running - running) & named:
             state = await asyncio.to_thread(self._jobs.state, digest)
-            if digest not in named:
-                await asyncio.to_thread(self._registry.artifacts.remove_of, digest)
-            elif state is not None:
+            if state is not None:
                 await self._take_in(digest, state)
             self._running.discard(digest)
         self._running = running & named

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from adapters.manifest import (
     Limits,
     StoreBusy,
 )
+from adapters.promotions import JobFolder
 from adapters.registry import Registry
 from adapters.store import object_path
 
@@ -684,6 +686,22 @@ def test_a_database_that_is_none_is_told_by_its_path_and_let_go(
 def test_a_held_registry_is_busy(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(StoreBusy):
         Registry.open(tmp_path / "store")
+
+
+def test_what_is_left_of_a_promotion_goes_with_its_adapter_unless_a_job_works_on_it(
+    registry: Registry, folders: list[Path]
+) -> None:
+    revisions = [registry.push(f"a{each}", folders[each]) for each in range(2)]
+    ended, running = (JobFolder.of(registry.root, revision.digest) for revision in revisions)
+    for promotion in (ended, running):
+        promotion.path.mkdir(parents=True)
+    lock = running.take_lock()
+    assert lock is not None
+    for revision in revisions:
+        registry.delete(revision.name)
+    os.close(lock)
+    assert not ended.path.exists()
+    assert running.path.exists()
 
 
 def test_threads_that_push_lease_and_delete_leave_nothing_behind(
