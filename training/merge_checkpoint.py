@@ -16,9 +16,8 @@ import torch
 
 from adapters.header import Header, TensorInfo, read_header
 from adapters.manifest import AdapterRefused
+from server.base_digest import INDEX_FILE, shard_names
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = f"{SINGLE_FILE}.index.json"
 CHUNK_BYTES = 64 << 20  # of a tensor that is copied; a multiple of every dtype's size
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FOUR_BIT_REASON = (
@@ -34,7 +33,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         check_is_not_quantized(folder)
         self.folder = folder
-        self.shards = {name: _read_header(folder / name) for name in _shard_names(folder)}
+        self.shards = {name: _read_header(folder / name) for name in shard_names(folder)}
         self._shard_of: dict[str, str] = {}
         for shard, header in self.shards.items():
             for name in header.tensors:
@@ -213,17 +212,6 @@ def _is_side_file(name: str) -> bool:
     if name in ("turnout.json", "adapter_config.json"):  # these speak of the base's own making
         return False
     return name.endswith((".json", ".jinja", ".txt", ".model", ".tiktoken"))
-
-
-def _shard_names(folder: Path) -> list[str]:
-    index = folder / INDEX_FILE
-    names = [SINGLE_FILE]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"the base folder {folder} holds no {name}")
-    return names
 
 
 def _read_header(path: Path) -> Header:

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from training.merge_checkpoint import INDEX_FILE, SINGLE_FILE
+from server.base_digest import SINGLE_FILE, read_index
 
 _NIBBLES = torch.arange(0, 32, 4, dtype=torch.int32)
 _INPUTS_AT_A_TIME = 64
@@ -101,10 +100,9 @@ def _unpacked(packed: torch.Tensor, order: tuple[int, ...] = tuple(range(8))) ->
 
 
 def _shards(folder: Path) -> dict[str, str]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        content: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        return dict(content["weight_map"])
+    found = read_index(folder)
+    if found is not None:
+        return found
     if not (folder / SINGLE_FILE).is_file():
         raise ValueError(f"{folder} holds no {SINGLE_FILE}")
     with safe_open(folder / SINGLE_FILE, framework="pt") as shard:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from server.base_digest import SINGLE_FILE, read_index
 from server.kernels.dense_linear import DenseWeight, pack
 from server.model.decoder import Decoder, Layer
 from server.model.linear import Matrix, activation_dtype, make_linear
@@ -35,12 +36,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.gptq = int4.read_format(folder)  # None: not quantized
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self._shard_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        else:
-            names = _opened(folder / "model.safetensors").keys()
-            self._shard_of = dict.fromkeys(names, "model.safetensors")
+        self._shard_of = read_index(folder) or dict.fromkeys(
+            _opened(folder / SINGLE_FILE).keys(), SINGLE_FILE
+        )
         self._open = {name: _opened(folder / name) for name in set(self._shard_of.values())}
 
     @property

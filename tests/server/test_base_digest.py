@@ -52,6 +52,24 @@ def test_every_shard_of_the_index_counts(folder: Path) -> None:
         (folder / shard).write_bytes(kept)
 
 
+@pytest.mark.parametrize(
+    "index", ["{}", "[]", "no JSON", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', b"\xff"]
+)
+def test_an_index_that_is_damaged_is_refused_by_name(folder: Path, index: str | bytes) -> None:
+    content = index.encode() if isinstance(index, str) else index
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.json is damaged: it does not say which file"):
+        base_digest(folder)
+
+
+def test_a_shard_outside_the_folder_is_refused(folder: Path) -> None:
+    (folder.parent / "far.safetensors").write_bytes(b"weights")
+    index = {"weight_map": {"a": "../far.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"holds no \.\./far\.safetensors"):
+        base_digest(folder)
+
+
 def test_a_folder_without_weights_is_refused_by_name(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
