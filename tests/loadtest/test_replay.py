@@ -56,7 +56,8 @@ async def test_latency_is_at_least_what_the_server_takes(stub: Stub) -> None:
     assert record.e2e_s is not None
     assert record.ttft_s >= 0.1
     assert record.e2e_s >= 0.2
-    assert 0 < sum(record.gaps_s) <= record.e2e_s - record.ttft_s + 1e-6
+    rounding = 1e-5  # each time is rounded to a microsecond
+    assert 0 < sum(record.gaps_s) <= record.e2e_s - record.ttft_s + rounding
 
 
 def test_latency_counts_from_when_the_request_was_meant_to_be_sent() -> None:
