@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from adapters.manifest import AdapterNotFound, show
-from adapters.store import sync_folder
+from adapters.store import file_sha256, sync_folder
 
 FORMAT = 1
 RECORD_FILE = "artifact.json"
@@ -246,9 +246,7 @@ def _hash_files(folder: Path) -> dict[str, str]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is no plain file; an artifact holds nothing else")
         if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.relative_to(folder).as_posix()] = digest
+            found[path.relative_to(folder).as_posix()] = file_sha256(path)
     if not found:
         raise ValueError(f"{folder} holds no files")
     return found

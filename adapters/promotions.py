@@ -14,7 +14,6 @@ The process that holds the adapter store starts and ends jobs. The job outlives 
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
-from adapters.store import sync_folder
+from adapters.store import file_sha256, sync_folder
 
 Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 Stage = Literal["merge", "quantize", "gate", "register"]
@@ -223,12 +222,6 @@ class JobFolder:
             gone = Path(tempfile.mkdtemp(prefix=".gone-", dir=self.path.parent))
             self.path.rename(gone / self.path.name)
             shutil.rmtree(gone)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def promotions_folder(root: Path) -> Path:

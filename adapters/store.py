@@ -8,6 +8,7 @@ root/lock                            held by one process, which says in it where
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -162,6 +163,12 @@ class Store:
             path.unlink()
             raise
         return path, digest
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

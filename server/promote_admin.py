@@ -15,8 +15,9 @@ import httpx
 
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict, AdapterNotFound, StoreBusy
-from adapters.promotions import JobFolder, PromotionRequest, file_sha256
+from adapters.promotions import JobFolder, PromotionRequest
 from adapters.registry import Registry
+from adapters.store import file_sha256
 from server.adapter_admin import Card, error_text, open_registry
 from server.base_digest import base_digest
 from server.config import AdapterConfig, ModelConfig

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.store import sync_folder
+from server.base_digest import INDEX_FILE
 from server.versions import version_of
 from training.calibration import (
     MAX_SAMPLE_TOKENS,
@@ -160,7 +161,7 @@ def assemble(model: Path, made: Path, finished: Path) -> None:
     shutil.rmtree(finished, ignore_errors=True)
     finished.mkdir()
     copy_side_files(model, finished, None)
-    (finished / "model.safetensors.index.json").unlink(missing_ok=True)  # of the model's shards
+    (finished / INDEX_FILE).unlink(missing_ok=True)  # of the model's shards
     for path in made.iterdir():
         if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
             _link(path, finished / path.name)

@@ -16,8 +16,9 @@ from typing import Any
 from adapters.artifacts import Artifact
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict, AdapterError, AdapterNotFound
-from adapters.promotions import PromotionRequest, PromotionState, file_sha256
+from adapters.promotions import PromotionRequest, PromotionState
 from adapters.registry import Registry
+from adapters.store import file_sha256
 from server.api.popularity import Popularity
 from server.api.ports import Engine
 from server.api.weight_sets import WeightSets

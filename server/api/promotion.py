@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.catalog import Revision
 from adapters.manifest import AdapterConflict
-from adapters.promotions import Backend, Device, MergeBase, file_sha256
+from adapters.promotions import Backend, Device, MergeBase
+from adapters.store import file_sha256
 from server.api.parsing import StrictBody
 from server.api.promoter import job_card
 from server.api.services import Services, read_json, services_of

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 
 from adapters.registry import Registry
 from server.adapter_admin import base_shape
+from server.base_digest import INDEX_FILE, SINGLE_FILE
 from server.bench.workload import save_random_adapter
 from server.config import AdapterConfig, CacheConfig, Config, ModelConfig, PromotionConfig
 from server.engine.request import AdapterRef
@@ -76,7 +77,7 @@ def save_reference_base(folder: Path, device: torch.device, **changes: object) -
                     tensors[f"{prefix}{name}.weight"] = normal(*spec.linear_shape(name))
             save(f"layers-{first:02d}.safetensors", tensors)
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     return spec
 
 
@@ -130,7 +131,7 @@ def save_reference_gptq(folder: Path, base: Path, device: torch.device) -> Path:
                 "g_idx": order,
             }
             tensors |= {f"{prefix}{name}.{part}": value for part, value in parts.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
     return folder
 
 

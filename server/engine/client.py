@@ -279,15 +279,16 @@ class EngineClient:
     async def _kill_when_silent(self, process: asyncio.subprocess.Process) -> None:
         """End an engine that was ready and hangs: in a step, in a lock, in the GPU's driver."""
         limit_s, num_silent = self._config.server.engine_silence_s, 0
-        while limit_s and num_silent < _SILENT_LOOKS:
+        if not limit_s:
+            return
+        while num_silent < _SILENT_LOOKS:
             self._is_heard = False
             await asyncio.sleep(limit_s / _SILENT_LOOKS)
             num_silent = num_silent + 1 if self.is_ready and not self._is_heard else 0
-        if limit_s:
-            logger.error("the engine process said nothing for %g s; killed", limit_s)
-            process.kill()
-            self._is_ready.clear()  # the driver may hold even a killed one
-            self._fail_streams(_ENDED)
+        logger.error("the engine process said nothing for %g s; killed", limit_s)
+        process.kill()
+        self._is_ready.clear()  # the driver may hold even a killed one
+        self._fail_streams(_ENDED)
 
     def _count_death(self, how: str) -> None:
         logger.error("the engine process %s; starting it again", how)
